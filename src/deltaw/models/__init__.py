@@ -1,5 +1,7 @@
 """Finding the matrices of a model, capturing activations and gradients, reading and writing checkpoints."""
 
+from deltaw.models.checkpoint import Checkpoint, open_checkpoint
+from deltaw.models.folders import atomic_folder
 from deltaw.models.sites import (
     MATRIX_ROLES,
     ROLES,
@@ -10,14 +12,19 @@ from deltaw.models.sites import (
     qkv_split,
     tied_groups,
 )
+from deltaw.models.writer import CheckpointWriter
 
 __all__ = [
     "MATRIX_ROLES",
     "ROLES",
+    "Checkpoint",
+    "CheckpointWriter",
     "Site",
+    "atomic_folder",
     "find_sites",
     "get_parameter",
     "inventory",
+    "open_checkpoint",
     "qkv_split",
     "tied_groups",
 ]
