@@ -1,0 +1,53 @@
+"""Matrix routines, written once and used by every room.
+
+Pure functions on batched tensors [..., m, n] with an explicit generator and compute dtype. They import nothing but
+torch and numpy, and raise children of `DeltawError` on bad input.
+"""
+
+from deltaw.linalg.bases import orthonormal_basis, random_orthonormal
+from deltaw.linalg.coefficients import COEFFICIENT_SETS, optimal_quintic, polar_express_coefficients
+from deltaw.linalg.polar import nuclear_norm, orthogonalize, polar
+from deltaw.linalg.random import seeded_generator
+from deltaw.linalg.roots import inverse_root, psd_root
+from deltaw.linalg.rotations import apply_householder, cayley, cayley_neumann, householder_wy, skew, skew_vector
+from deltaw.linalg.sketch import gaussian_sketch, leverage_scores, sparse_sign_sketch
+from deltaw.linalg.spectra import effective_rank, power_iteration, principal_angles, stable_rank
+from deltaw.linalg.svd import randomized_svd, truncated_svd
+from deltaw.linalg.transforms import dct, dct_matrix, hadamard_matrix, hadamard_transform, idct
+from deltaw.linalg.weighted import WeightedSVD, weighted_svd
+
+__all__ = [
+    "COEFFICIENT_SETS",
+    "WeightedSVD",
+    "apply_householder",
+    "cayley",
+    "cayley_neumann",
+    "dct",
+    "dct_matrix",
+    "effective_rank",
+    "gaussian_sketch",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "householder_wy",
+    "idct",
+    "inverse_root",
+    "leverage_scores",
+    "nuclear_norm",
+    "optimal_quintic",
+    "orthogonalize",
+    "orthonormal_basis",
+    "polar",
+    "polar_express_coefficients",
+    "power_iteration",
+    "principal_angles",
+    "psd_root",
+    "random_orthonormal",
+    "randomized_svd",
+    "seeded_generator",
+    "skew",
+    "skew_vector",
+    "sparse_sign_sketch",
+    "stable_rank",
+    "truncated_svd",
+    "weighted_svd",
+]
