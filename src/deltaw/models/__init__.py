@@ -1,5 +1,6 @@
 """Finding the matrices of a model, capturing activations and gradients, reading and writing checkpoints."""
 
+from deltaw.models.capture import capture
 from deltaw.models.checkpoint import Checkpoint, open_checkpoint
 from deltaw.models.folders import atomic_folder
 from deltaw.models.sites import (
@@ -12,6 +13,7 @@ from deltaw.models.sites import (
     qkv_split,
     tied_groups,
 )
+from deltaw.models.statistics import Statistics
 from deltaw.models.writer import CheckpointWriter
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Site",
+    "Statistics",
     "atomic_folder",
+    "capture",
     "find_sites",
     "get_parameter",
     "inventory",
