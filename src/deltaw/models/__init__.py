@@ -2,7 +2,10 @@
 
 from deltaw.models.capture import capture
 from deltaw.models.checkpoint import Checkpoint, open_checkpoint
-from deltaw.models.folders import atomic_folder
+from deltaw.models.factored import FactoredLinear, factored_ranks, install_factored, load_factored, save_factored
+from deltaw.models.folders import atomic_folder, disk_errors
+from deltaw.models.names import site_from_name
+from deltaw.models.pretrained import PACKAGED, TASKS, load_pretrained, load_tokenizer, packaged_model
 from deltaw.models.sites import (
     MATRIX_ROLES,
     ROLES,
@@ -18,17 +21,29 @@ from deltaw.models.writer import CheckpointWriter
 
 __all__ = [
     "MATRIX_ROLES",
+    "PACKAGED",
     "ROLES",
+    "TASKS",
     "Checkpoint",
     "CheckpointWriter",
+    "FactoredLinear",
     "Site",
     "Statistics",
     "atomic_folder",
     "capture",
+    "disk_errors",
+    "factored_ranks",
     "find_sites",
     "get_parameter",
+    "install_factored",
     "inventory",
+    "load_factored",
+    "load_pretrained",
+    "load_tokenizer",
     "open_checkpoint",
+    "packaged_model",
     "qkv_split",
+    "save_factored",
+    "site_from_name",
     "tied_groups",
 ]
