@@ -10,6 +10,7 @@ from deltaw.linalg.polar import nuclear_norm, orthogonalize, polar
 from deltaw.linalg.random import seeded_generator
 from deltaw.linalg.roots import inverse_root, psd_root
 from deltaw.linalg.rotations import apply_householder, cayley, cayley_neumann, householder_wy, skew, skew_vector
+from deltaw.linalg.select import kth_magnitude, magnitude_counts, magnitude_of_bins, select_bin
 from deltaw.linalg.sketch import gaussian_sketch, leverage_scores, sparse_sign_sketch
 from deltaw.linalg.spectra import effective_rank, power_iteration, principal_angles, stable_rank
 from deltaw.linalg.svd import randomized_svd, truncated_svd
@@ -31,7 +32,10 @@ __all__ = [
     "householder_wy",
     "idct",
     "inverse_root",
+    "kth_magnitude",
     "leverage_scores",
+    "magnitude_counts",
+    "magnitude_of_bins",
     "nuclear_norm",
     "optimal_quintic",
     "orthogonalize",
@@ -44,6 +48,7 @@ __all__ = [
     "random_orthonormal",
     "randomized_svd",
     "seeded_generator",
+    "select_bin",
     "skew",
     "skew_vector",
     "sparse_sign_sketch",

@@ -20,7 +20,7 @@ _EMBEDDING = re.compile(
     r"|(cls|mask)_token$|relative_attention_bias|relative_position_bias"
 )
 #: vocabulary-sized output layers that `_HEAD` (made for module paths of live models) does not list
-_OUTPUT = re.compile(r"(^|\.)(predictions\.decoder|generator_lm_head|text_projection|visual_projection)(\.|$)")
+_OUTPUT = re.compile(r"(^|\.)(predictions\.decoder|generator_lm_head|text_projection)(\.|$)")
 #: model types whose projections are transformers' Conv1D, stored [in, out]
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)$")
@@ -49,7 +49,7 @@ def site_from_name(name: str, shape: Sequence[int], config: Mapping[str, Any] | 
         return replace(site, kind="vector", role="vector", reason="not a matrix")
     if len(shape) == 3 and re.search(r"expert", name, re.IGNORECASE):
         return _expert_stack(replace(site, kind="expert-stack"), None, view)  # type: ignore[arg-type]
-    if _EMBEDDING.search(module) and parameter == "weight" or _EMBEDDING.search(parameter):
+    if (_EMBEDDING.search(module) and parameter == "weight") or _EMBEDDING.search(parameter):
         # "patch_embeddings.projection" is a convolution inside an embedding module, not a table.
         if len(shape) == 4:
             return replace(site, kind="conv", role="conv", reason="convolution kernel")

@@ -1,0 +1,37 @@
+"""Merging fine-tuned models of one base: a streaming engine, and one file a method.
+
+`merge` works on safetensors folders in constant memory and on state dicts; `plan` is its dry run. A method is a
+`MergeMethod` (every tensor alike) or a `MatrixMethod` (hidden matrices, with a rule for the rest) with a card.
+"""
+
+from deltaw.merge import iso_c, linear, task_arithmetic, ties  # noqa: F401  (registers the methods)
+from deltaw.merge.api import merge, plan
+from deltaw.merge.base import (
+    MatrixMethod,
+    MergeMethod,
+    Scan,
+    TensorContext,
+    check_choice,
+    check_number,
+    deltas,
+    normalized,
+    weighted_sum,
+)
+from deltaw.merge.plan import ACTIONS, MergePlan, Row
+
+__all__ = [
+    "ACTIONS",
+    "MatrixMethod",
+    "MergeMethod",
+    "MergePlan",
+    "Row",
+    "Scan",
+    "TensorContext",
+    "check_choice",
+    "check_number",
+    "deltas",
+    "merge",
+    "normalized",
+    "plan",
+    "weighted_sum",
+]

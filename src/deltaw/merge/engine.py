@@ -1,0 +1,247 @@
+"""The streaming engine: reads the models tensor by tensor, applies a method, writes one model.
+
+Memory holds `threads` tensors at a time, each with its base, what the method keeps and the result, plus the shard
+being filled. Reads are memory-mapped. Worker threads read and compute; results are consumed in name order, so the
+number of threads changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deltaw import __version__, catalogue
+from deltaw.errors import NonFiniteError, OptionError
+from deltaw.merge.base import MergeMethod, TensorContext, normalized, weighted_sum
+from deltaw.merge.plan import MergePlan, Row, Rules, plan_rows
+from deltaw.merge.progress import Progress
+from deltaw.merge.sources import Source, Tuned, load, open_source
+
+T = TypeVar("T")
+R = TypeVar("R")
+_METHOD_ACTIONS = ("merge", "matrix", "other")
+
+
+@dataclass
+class Job:
+    """One merge, checked and planned."""
+
+    base: Source | None
+    models: list[Source]
+    method: MergeMethod
+    id: str
+    options: dict[str, Any]
+    weights: tuple[float, ...]
+    rules: Rules
+    rows: list[Row]
+    device: torch.device | None
+    threads: int
+
+    @classmethod
+    def open(
+        cls,
+        base: Any,
+        models: Any,
+        method: str | MergeMethod,
+        weights: Sequence[float] | None,
+        rules: Rules,
+        options: dict[str, Any],
+        device: torch.device | str | None,
+        threads: int,
+    ) -> Job:
+        """Resolve the method, open the sources, plan the rows; every check that needs no weights is made here."""
+        rule, id, values = _resolve(method, options)
+        if isinstance(models, (str, Path)) or not isinstance(models, (Sequence, Mapping)):
+            raise OptionError(f"models is a {type(models).__name__}; expected a list of models")
+        named = models.items() if isinstance(models, Mapping) else ((f"models[{i}]", m) for i, m in enumerate(models))
+        tuned = [open_source(m, label) for label, m in named]
+        low, high = rule.models
+        if not low <= len(tuned) <= high:
+            wanted = f"{low}" if low == high else f"{low} or more" if high == float("inf") else f"{low} to {high:g}"
+            raise OptionError(f"{id} takes {wanted} tuned models; {len(tuned)} were given")
+        if base is None and rule.needs_base:
+            raise OptionError(f"{id} works on differences to a base model; give the model that all were tuned from")
+        origin = None if base is None else open_source(base, "base")
+        rows = plan_rows(origin, tuned, rule, rules)
+        place = torch.device(device) if device is not None else None
+        return cls(origin, tuned, rule, id, values, _weights(weights, len(tuned)), rules, rows, place, threads)
+
+    def plan(self, max_shard_bytes: float) -> MergePlan:
+        """The plan with its estimates."""
+        values = {"T": len(self.models), **self.options}
+        card = getattr(type(self.method), "card", None)
+        resident = card.evaluate("resident", **values) if card else len(self.models) + 2
+        passes = card.evaluate("passes", **values) if card else 1
+        largest = max((r.numel * r.compute.itemsize for r in self.rows), default=0)
+        output = sum(r.output_bytes for r in self.rows)
+        return MergePlan(
+            self.id,
+            self.options,
+            self.base.label if self.base else None,
+            [m.label for m in self.models],
+            self.rows,
+            int((resident + 1) * largest * self.threads + min(max_shard_bytes, output)),
+            int(passes * sum(self._stored(r) for r in self.rows)),
+        )
+
+    def to_dict(self, bar: Progress) -> dict[str, Tensor]:
+        """The merged state dict; tied names hold one tensor."""
+        merged = dict(self.results(bar))
+        merged.update({r.name: merged[r.same_as] for r in self.rows if r.action == "tied" and r.same_as in merged})
+        order = (self.base or self.models[0]).shapes
+        return {n: merged[n] for n in [*order, *(n for n in merged if n not in order)] if n in merged}
+
+    def results(self, bar: Progress, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """(name, merged tensor) in name order, but for the names in `skip`."""
+        done = frozenset(skip)
+        rows = [r for r in self.rows if r.action not in ("tied", "drop") and r.name not in done]
+        shared = None
+        if any(r.action in _METHOD_ACTIONS for r in rows):
+            shared = self.method.prepare(lambda function: self._scan(function, bar))
+        bar.begin(f"merging by {self.id}", len(rows))
+        with _ordered(self.threads, lambda row: self._merged(row, shared), rows) as results:
+            for row, tensor in zip(rows, results, strict=True):
+                yield row.name, tensor
+                bar.advance()
+
+    def resume_key(self, max_shard_bytes: float) -> dict[str, Any] | None:
+        """Everything that decides the output, or None when an input lives in memory."""
+        sources = [*self.models, *([self.base] if self.base else [])]
+        prints = {s.label: s.fingerprint() for s in sources}
+        if any(p is None for p in prints.values()):
+            return None
+        rules = {k: str(v) for k, v in asdict(self.rules).items()}
+        return {
+            "deltaw": __version__,
+            "method": self.id,
+            "options": self.options,
+            "weights": list(self.weights),
+            "max_shard_bytes": max_shard_bytes,
+            **rules,
+            "base": self.base.label if self.base else None,
+            "models": [m.label for m in self.models],
+            "files": prints,
+        }
+
+    def file_source(self, files: str) -> Source | None:
+        """The model whose config, tokenizer and small files the output takes."""
+        if files == "none":
+            return None
+        first = self.models[0]
+        if files == "first" or self.base is None:
+            return first
+        # A head that the base lacks needs a config that knows it.
+        more = any(r.name not in self.base.shapes for r in self.rows if r.action not in ("drop", "tied"))
+        return first if more and first.config is not None else self.base
+
+    @property
+    def untied(self) -> bool:
+        """Whether the output stores a head that the base, by its config, ties to the embedding."""
+        return any(s.aliases for s in (self.base, *self.models) if s is not None)
+
+    def _scan(
+        self, function: Callable[[Tensor | None, Sequence[Tensor], TensorContext], R], bar: Progress
+    ) -> Iterator[R]:
+        rows = [r for r in self.rows if r.action in _METHOD_ACTIONS]
+        bar.begin(f"surveying for {self.id}", len(rows))
+        with _ordered(self.threads, lambda row: function(*self._inputs(row, None)), rows) as results:
+            for result in results:
+                yield result
+                bar.advance()
+
+    def _inputs(self, row: Row, shared: Any) -> tuple[Tensor | None, Tuned, TensorContext]:
+        """What a rule takes: the base's tensor (None when unused), the tuned ones, the context."""
+        models = [self.models[t] for t in row.models]
+        base = None
+        if self.base is not None and self.method.needs_base and row.action in _METHOD_ACTIONS:
+            base = load(self.base, row.name, row.compute, self.device)
+        device = base.device if base is not None else self.device or models[0].read(row.name).device
+        epsilon = max(torch.finfo(m.dtypes[row.name]).eps for m in models)
+        weights = tuple(self.weights[t] for t in row.models)
+        ctx = TensorContext(row.name, row.site, row.action == "matrix", weights, shared, epsilon)
+        return base, Tuned(models, row.name, row.compute, device), ctx
+
+    def _merged(self, row: Row, shared: Any) -> Tensor:
+        """One output tensor, in the output dtype."""
+        if row.action in ("base", "first"):
+            return self._copied(row)
+        base, tuned, ctx = self._inputs(row, shared)
+        if row.action == "average":
+            merged = weighted_sum(tuned, normalized(ctx.weights))
+        else:
+            merged = self.method.tensor(base, tuned, ctx)
+        result = merged.to(row.dtype)
+        if not math.isfinite(float(result.sum(dtype=row.compute))) and not bool(torch.isfinite(result).all()):
+            raise NonFiniteError(
+                f"{self.id} makes NaN or infinity of tensor {row.name!r}: its largest magnitude is "
+                f"{float(merged.abs().max()):g}, and {row.dtype} holds up to {torch.finfo(row.dtype).max:g}; "
+                "give a wider `dtype` or a smaller scale"
+            )
+        return result
+
+    def _copied(self, row: Row) -> Tensor:
+        source = self.models[row.models[0]] if row.action == "first" else self.base
+        assert source is not None
+        tensor = source.read(row.name)
+        if tensor.is_floating_point():
+            tensor = load(source, row.name, tensor.dtype, None)
+        return tensor.to(row.dtype, copy=True)
+
+    def _stored(self, row: Row) -> int:
+        """Bytes that one pass over the inputs of a row reads."""
+        read = [self.models[t] for t in row.models]
+        if self.base is not None and row.name in self.base.shapes and (row.action == "base" or self.method.needs_base):
+            read.append(self.base)
+        return sum(row.numel * s.dtypes[row.name].itemsize for s in read)
+
+
+def _resolve(method: str | MergeMethod, options: Mapping[str, Any]) -> tuple[MergeMethod, str, dict[str, Any]]:
+    """The method object, its id, and all its options with their values."""
+    if isinstance(method, MergeMethod):
+        if options:
+            raise OptionError(f"options {sorted(options)} given beside a ready {type(method).__name__}")
+        card = getattr(type(method), "card", None)
+        return method, card.id if card else type(method).__name__, {}
+    card = catalogue.get(method, family="merge")
+    catalogue.check_options(card, options)
+    return card.target(**options), card.id, {**card.options, **options}
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * count
+    if len(weights) != count:
+        raise OptionError(f"{len(weights)} weights for {count} models; give one for each, in their order")
+    values = tuple(float(w) for w in weights)
+    if not all(math.isfinite(w) for w in values):
+        raise OptionError(f"weights {list(values)}: expected finite numbers")
+    return values
+
+
+@contextmanager
+def _ordered(threads: int, function: Callable[[T], R], items: Sequence[T]) -> Iterator[Iterator[R]]:
+    """Results of `function` over `items` from worker threads, in order, at most `threads` ahead of the consumer."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
+
+    def results() -> Iterator[R]:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            if len(pending) == threads:
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+
+    try:
+        yield results()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,156 @@
+"""TIES-Merging: trim, elect signs, average what agrees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deltaw.catalogue import method
+from deltaw.linalg import kth_magnitude, magnitude_counts, magnitude_of_bins, select_bin
+from deltaw.merge.base import (
+    MergeMethod,
+    Scan,
+    TensorContext,
+    check_choice,
+    check_number,
+    deltas,
+    weighted_sum,
+)
+
+
+@method(
+    "ties",
+    family="merge",
+    paper="arXiv:2306.01708",
+    title="TIES-Merging: Resolving Interference When Merging Models",
+    summary="keep each task's largest changes, elect a sign per entry, average the changes that agree with it",
+    tags={"elementwise", "data-free", "sparse"},
+    peers={"mergekit": "ties", "peft": "ties", "fusion-bench": "TiesMergingAlgorithm"},
+    cost={"passes": "4 if trim == 'model' else 1", "resident": "T+2"},
+)
+class Ties(MergeMethod):
+    """θ = θ₀ + λτ, with τ from Δ_t = θ_t − θ₀ in three steps (section 4 of the paper):
+
+    1. trim: of each Δ_t keep the ⌊density·N⌋ entries of largest magnitude (all of those equal to the last kept);
+    2. elect: γ = sign Σ_t w_t Δ̂_t, entry by entry; where the sum is exactly 0, see `zero_sign`;
+    3. disjoint mean: τ = Σ w_t Δ̂_t / Σ |w_t| over the tasks with sign(w_t Δ̂_t) = γ, 0 where there is none.
+
+    Args:
+        density: share of entries that survive the trim.
+        scale: λ, one for the whole model.
+        trim: "model": one threshold per task over all merged tensors, as in the paper (two passes over the files);
+            "tensor": a threshold for each tensor, as in mergekit and peft.
+        combine: "mean", "sum" or "max" (the entry of largest magnitude) over the tasks that agree.
+        zero_sign: sign where the tasks cancel exactly: "majority", the more frequent sign of γ over everything
+            (one more pass with trim="model"), as in the authors' code; "positive", as in mergekit and peft.
+
+    Raises:
+        OptionError: density outside [0, 1] or an unknown choice.
+    """
+
+    neutral = {"density": 1.0, "scale": 1.0}
+
+    def __init__(
+        self,
+        density: float = 0.2,
+        scale: float = 1.0,
+        trim: str = "model",
+        combine: str = "mean",
+        zero_sign: str = "majority",
+    ):
+        self.density = check_number("density", density, 0, 1)
+        self.scale = check_number("scale", scale, -100, 100)
+        self.trim = check_choice("trim", trim, ("model", "tensor"))
+        self.combine = check_choice("combine", combine, ("mean", "sum", "max"))
+        self.zero_sign = check_choice("zero_sign", zero_sign, ("majority", "positive"))
+
+    def prepare(self, scan: Scan) -> tuple[list[float] | None, float]:
+        """(one threshold per task, or None for a threshold per tensor; the majority sign, 0 for one per tensor)."""
+        thresholds = self._thresholds(scan) if self.trim == "model" else None
+        if self.zero_sign == "positive":
+            return thresholds, 1.0
+        if self.trim == "tensor":
+            return thresholds, 0.0
+        votes = sum(
+            scan(lambda base, tuned, ctx: self._votes(self._elect(self._trimmed(base, tuned, thresholds), ctx)))
+        )
+        return thresholds, 1.0 if votes >= 0 else -1.0
+
+    def tensor(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:
+        assert base is not None
+        thresholds, zero_sign = ctx.shared if ctx.shared is not None else (None, 0.0)
+        kept = self._trimmed(base, tuned, thresholds)
+        sign = self._elect(kept, ctx)
+        sign[sign == 0] = zero_sign or (1.0 if self._votes(sign) >= 0 else -1.0)
+        top, weight = torch.zeros_like(base), torch.zeros_like(base)
+        for delta, w in zip(kept, ctx.weights, strict=True):
+            value = delta.mul_(w)
+            agrees = (value.sign() == sign).to(value.dtype)
+            if self.combine == "max":
+                top = torch.maximum(top, value.abs() * agrees)
+            else:
+                top.addcmul_(value, agrees)
+                weight.add_(agrees, alpha=abs(w))
+        if self.combine == "max":
+            top.mul_(sign)
+        elif self.combine == "mean":
+            top.div_(weight.masked_fill_(weight == 0, 1.0))
+        return base + self.scale * top
+
+    def _thresholds(self, scan: Scan) -> list[float]:
+        if self.density == 1:
+            return []
+        upper = _add(scan(lambda base, tuned, ctx: [magnitude_counts(d) for d in deltas(base, tuned)]))
+        if not upper:
+            return []
+        keep = _keep(self.density, int(upper[0].sum()))
+        if keep == 0:
+            return [math.inf] * len(upper)
+        bins = [select_bin(counts, keep) for counts in upper]
+        lower = _add(
+            scan(
+                lambda base, tuned, ctx: [
+                    magnitude_counts(d, b) for d, (b, _) in zip(deltas(base, tuned), bins, strict=True)
+                ]
+            )
+        )
+        return [
+            magnitude_of_bins(b, select_bin(counts, rank)[0]) for counts, (b, rank) in zip(lower, bins, strict=True)
+        ]
+
+    def _trimmed(self, base: Tensor, tuned: Sequence[Tensor], thresholds: list[float] | None) -> list[Tensor]:
+        kept = list(deltas(base, tuned))
+        if self.density == 1:
+            return kept
+        for t, delta in enumerate(kept):
+            if thresholds is not None:
+                least = thresholds[t]
+            else:
+                keep = _keep(self.density, delta.numel())
+                least = kth_magnitude(delta, keep) if keep else math.inf
+            # Thresholds are float32; compare float64 entries as they were counted.
+            delta.masked_fill_(delta.to(torch.float32).abs() < least, 0.0)
+        return kept
+
+    @staticmethod
+    def _elect(kept: list[Tensor], ctx: TensorContext) -> Tensor:
+        return weighted_sum(kept, ctx.weights).sign_()
+
+    @staticmethod
+    def _votes(sign: Tensor) -> int:
+        return int((sign > 0).sum()) - int((sign < 0).sum())
+
+
+def _keep(density: float, count: int) -> int:
+    """⌊density·count⌋, with 0.29·100 read as 29 although the binary product is a little less."""
+    return math.floor(density * count + 1e-6)
+
+
+def _add(results) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    total: list[Tensor] = []
+    for counts in results:
+        total = [a + b for a, b in zip(total, counts, strict=True)] if total else counts
+    return total
