@@ -1,0 +1,429 @@
+"""MatrixOptimizer: a torch optimizer made of chains, one per group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import CheckpointError, CompositionError, NonFiniteError, OptionError, unknown_name
+from deltaw.models import Site
+from deltaw.optim import checks
+from deltaw.optim.context import Context
+from deltaw.optim.driver import Driver
+from deltaw.optim.sharding import check_placement, is_dtensor, local, mesh_of, zeros_rows
+from deltaw.optim.stack import Chunk, form_chunks, members_of, run_chain, state_key
+from deltaw.optim.transform import Chain, Transform
+from deltaw.optim.transforms import Adam
+from deltaw.optim.views import block_shapes, default_view, matrix_site
+
+#: keys of a group that are not options of its chain
+_FIXED = ("params", "param_names", "chain", "views", "lr", "weight_decay", "maximize", "initial_lr")
+
+
+class BaseOptions(TypedDict, total=False):
+    """Keyword options that every optimizer of this room takes besides its own.
+
+    adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the groups marked `chain="adamw"`.
+    maximize: ascend. nonfinite: "raise" an error or "skip" the step when a gradient holds NaN or infinity.
+    seed: of every random draw. chunk_bytes: the most a stack of weights may take. statistics: what
+    `deltaw.models.capture` returned, for transforms that need it. driver: see `driver.py`.
+    """
+
+    adamw_lr: float | Tensor
+    adamw_betas: tuple[float, float]
+    adamw_eps: float
+    adamw_weight_decay: float
+    maximize: bool
+    nonfinite: str
+    seed: int
+    chunk_bytes: int
+    statistics: Mapping[Any, Tensor] | None
+    driver: Driver | None
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """A chain of transforms on matrices and AdamW on the rest, in one optimizer.
+
+    Args:
+        params: parameters, named parameters, or group dicts. Besides `params` and any option by name, a group may
+            hold `chain="adamw"` (elementwise AdamW, for embeddings, heads, norms, biases) and `views`, one
+            (kind, layout, split) per parameter, where a parameter is not simply an [out, in] matrix (views.py).
+        lr: learning rate of the matrix groups: a number or a tensor of one element.
+        weight_decay: decoupled, multiplied with the unscaled learning rate.
+        chain: transforms that turn a gradient into the update W loses lr times.
+        Others: see `BaseOptions`.
+
+    The options of the chain stand in `param_groups` and may be changed there between steps. All state is in
+    `state[p]`, allocated at construction in its declared dtype, with `step` as a float32 scalar on the CPU.
+
+    Raises:
+        OptionError: an option outside its range; an empty group; a parameter that does not fit its group's
+            chain; parameters on several kinds of device.
+        NonFiniteError: in `step`, with nonfinite="raise"; nothing has changed by then.
+        CompositionError: sparse gradients; parameters replaced after the first step; unsupported sharding.
+
+    Example:
+        >>> import torch
+        >>> from deltaw.optim import MatrixOptimizer, nesterov, orthogonalize, match_rms
+        >>> w = torch.nn.Parameter(torch.randn(8, 4))
+        >>> opt = MatrixOptimizer([w], lr=0.02, weight_decay=0.1,
+        ...                       chain=[nesterov(0.95), orthogonalize(), match_rms(0.2)])
+        >>> w.grad = torch.randn_like(w); opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float | Tensor,
+        weight_decay: float = 0.0,
+        chain: Sequence[Transform],
+        adamw_lr: float | Tensor = 3e-4,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.01,
+        maximize: bool = False,
+        nonfinite: str = "raise",
+        seed: int = 0,
+        chunk_bytes: int = 1 << 28,
+        statistics: Mapping[Any, Tensor] | None = None,
+        driver: Driver | None = None,
+    ) -> None:
+        card = getattr(type(self), "card", None)
+        self.main = card.id if card is not None else "matrix"
+        self.chains = {
+            "adamw": Chain((Adam(betas=adamw_betas, eps=adamw_eps),)),
+            self.main: Chain(tuple(chain)),
+        }
+        self._chain_defaults: dict[str, dict[str, Any]] = {
+            "adamw": {"lr": adamw_lr, "weight_decay": adamw_weight_decay, **self.chains["adamw"].options()},
+            self.main: {"lr": lr, "weight_decay": weight_decay, **self.chains[self.main].options()},
+        }
+        self.nonfinite = checks.choice("nonfinite", nonfinite, ("raise", "skip"))
+        self.chunk_bytes = int(checks.number("chunk_bytes", chunk_bytes, 1))
+        self.seed = int(checks.number("seed", seed))
+        self.statistics = statistics
+        self.driver = driver or Driver()
+        self.constants: dict[Any, Any] = {}
+        missing = {n for c in self.chains.values() for n in c.needs} - {"weight"} - {k for k, _ in statistics or ()}
+        if missing:
+            raise CompositionError(f"the chain needs the statistics {sorted(missing)}: pass statistics=capture(model, …)")
+        self._owned: list[list[Tensor]] = []  # the parameters that state was made for, by group and position
+        self._plan: tuple[Any, dict[Chain, list[Chunk]]] = (None, {})
+        super().__init__(list(params), {**self._chain_defaults[self.main], "maximize": bool(maximize)})
+
+    # -- groups and state ---------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see the class for its keys. Its state is allocated at once."""
+        group = dict(param_group)
+        index = len(self.param_groups)
+        params = group.get("params", ())
+        entries = [params] if isinstance(params, Tensor) else list(params)
+        if not entries:
+            raise OptionError(f"parameter group {index} is empty: leave it out, or check what selected its parameters")
+        once: dict[int, Any] = {}
+        for entry in entries:  # tied weights are one object: one update
+            once.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), entry)
+        if "views" in group and len(once) != len(entries):
+            raise OptionError(f"parameter group {index} has views and names a parameter twice: list each once")
+        group["params"] = list(once.values())
+        name = group.setdefault("chain", self.main)
+        if name not in self.chains:
+            raise unknown_name(f"chain of parameter group {index}", str(name), self.chains)
+        for key, value in self._chain_defaults[name].items():
+            group.setdefault(key, value)
+        try:
+            super().add_param_group(group)
+        except ValueError as e:
+            raise OptionError(f"parameter group {index}: {e}") from None
+        added = self.param_groups[-1]
+        for key in set(self.defaults) - set(self._chain_defaults[name]) - {"maximize"} - set(param_group):
+            del added[key]  # torch fills every group with the defaults of the main chain
+        try:
+            self._check_group(added, index)
+            self._owned.append(list(added["params"]))
+            for position, p in enumerate(added["params"]):
+                self._allocate(p, added, index, position)
+        except Exception:
+            self.param_groups.pop()
+            del self._owned[index:]
+            raise
+
+    def _check_group(self, group: dict[str, Any], index: int) -> None:
+        unknown = set(group) - set(_FIXED) - set(self.chains[group["chain"]].options())
+        if unknown:
+            raise unknown_name(
+                f"option in parameter group {index}", min(unknown), [*self._chain_defaults[group["chain"]], *_FIXED[1:4]]
+            )
+        self._chain(group)
+        checks.number(f"lr of parameter group {index}", group["lr"])
+        checks.number(f"weight_decay of parameter group {index}", group["weight_decay"])
+        if "views" in group and len(group["views"]) != len(group["params"]):
+            raise OptionError(
+                f"parameter group {index}: {len(group['views'])} views for {len(group['params'])} parameters"
+            )
+        for position, p in enumerate(group["params"]):
+            if not p.is_floating_point():
+                raise OptionError(
+                    f"parameter {self._name(index, position)!r} has dtype {p.dtype}: only real floating-point "
+                    "parameters can be optimized; set requires_grad=False on the others and leave them out"
+                )
+        kinds = sorted({p.device.type for g in self.param_groups for p in g["params"]})
+        if len(kinds) > 1:
+            raise OptionError(f"parameters on several kinds of device ({', '.join(kinds)}): move the model first")
+
+    def _chain(self, group: Mapping[str, Any]) -> Chain:
+        chain = self.chains[group["chain"]]
+        return chain.with_options({k: group[k] for k in chain.options()})
+
+    def _name(self, index: int, position: int) -> str:
+        names = self.param_groups[index].get("param_names")
+        return names[position] if names else f"group{index}[{position}]"
+
+    def _site(self, group: Mapping[str, Any], chain: Chain, index: int, position: int) -> Site | None:
+        """How a parameter reads as matrices; None in an elementwise chain."""
+        if not chain.needs_matrices:
+            return None
+        p, name = group["params"][position], self._name(index, position)
+        view = group["views"][position] if "views" in group else default_view(p, name)
+        return matrix_site(name, tuple(p.shape), view)
+
+    @torch.no_grad()
+    def _allocate(self, p: Tensor, group: Mapping[str, Any], index: int, position: int) -> None:
+        """Create the state of one parameter, all of it, so that checkpoints are complete and equal on all ranks."""
+        chain = self._chain(group)
+        site = self._site(group, chain, index, position)
+        check_placement(p, self._name(index, position), site, chain)
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
+        blocks = block_shapes(site) if site else [(0, 0)]
+        for block, shape in enumerate(blocks):
+            for entries in chain.state_plan(shape, p.dtype):
+                for stored, spec in entries.values():
+                    dtype = spec.dtype or p.dtype
+                    if spec.shape is None:
+                        if stored not in state:
+                            state[stored] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+                        continue
+                    whole = (site.shape[0], *spec.shape) if site and site.kind == "expert-stack" else spec.shape
+                    state[state_key(stored, block, len(blocks))] = zeros_rows(p, whole, dtype)
+        self.state[p] = state
+
+    def _sync(self) -> None:
+        """Follow parameters that a framework has put in place of others, or that have moved to another device.
+
+        Raises CompositionError when that happens after training began: the old state does not fit the new object.
+        """
+        for index, group in enumerate(self.param_groups):
+            owned = self._owned[index]
+            for position, p in enumerate(group["params"]):
+                old = owned[position]
+                if old is not p:
+                    state = self.state.pop(old, None)
+                    if state is not None and state["step"].item() > 0:
+                        self.state[old] = state
+                        raise CompositionError(
+                            f"parameter {self._name(index, position)!r} was replaced in param_groups after it had taken "
+                            f"{int(state['step'].item())} steps: wrap or shard the model before training, or load the "
+                            "optimizer's state_dict into an optimizer built on the new parameters"
+                        )
+                    owned[position] = p
+                    self._allocate(p, group, index, position)
+                elif any(k != "step" and v.device != p.device for k, v in self.state[p].items()):
+                    self._move(p)
+
+    def _move(self, p: Tensor) -> None:
+        for key, value in self.state[p].items():
+            if key != "step":
+                self.state[p][key] = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters, in the order of the groups."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step; returns the closure's loss, or None.
+
+        Zero gradients with lr 0 change nothing, neither weights nor state: distributed checkpointing calls
+        that to make state appear.
+        """
+        evaluate = torch.enable_grad()(closure) if closure is not None else None
+        return self.driver.step(evaluate, self)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Run the chains on the gradients as they stand. Called by drivers; users call `step`."""
+        self._sync()
+        active = [
+            (index, position, p)
+            for index, group in enumerate(self.param_groups)
+            for position, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        if not active or not self._usable([p for _, _, p in active]):
+            return
+        steps = [self.state[p]["step"] for _, _, p in active]
+        torch._foreach_add_(steps, 1.0)
+        iteration = max(int(s) for s in steps)
+        rates = [float(g["lr"]) for g in self.param_groups]
+        for chain, chunks in self._chunks(active).items():
+            run_chain(chain, chunks, (self._context(c, rates, iteration) for c in chunks), self.state)
+
+    def _usable(self, params: list[Tensor]) -> bool:
+        """Decide from the gradients alone, with one read from the device, whether to take this step."""
+        for p in params:
+            if p.grad.layout != torch.strided:  # type: ignore[union-attr]
+                raise CompositionError(
+                    f"sparse gradient of a parameter of shape {tuple(p.shape)}: use sparse=False in its embedding"
+                )
+        grads = [local(p.grad) for p in params]  # type: ignore[arg-type]
+        norms = torch._foreach_norm(grads)
+        total = torch.stack([x.to(norms[0].device, torch.float32) for x in norms]).sum()
+        if any(mesh_of(p) is not None for p in params):
+            torch.distributed.all_reduce(total)  # every rank must decide alike
+        total = total.item()
+        if total == 0 and all(float(g["lr"]) == 0 for g in self.param_groups):
+            return False
+        # a finite gradient may have an infinite norm in float32: look again before giving up
+        if math.isfinite(total) or all(bool(g.isfinite().all()) for g in grads):
+            return True
+        if self.nonfinite == "skip":
+            return False
+        bad = [self._name(i, j) for i, g in enumerate(self.param_groups) for j, p in enumerate(g["params"])
+               if p.grad is not None and not bool(local(p.grad).isfinite().all())]
+        raise NonFiniteError(
+            f"NaN or infinity in the gradient of {len(bad)} parameters, first {bad[:3]}; nothing was changed. Lower the "
+            "learning rate, clip, check the data, or pass nonfinite='skip'"
+        )
+
+    def _chunks(self, active: list[tuple[int, int, Tensor]]) -> dict[Chain, list[Chunk]]:
+        """The stacks of this step, by chain; kept while parameters, options and missing gradients stay the same."""
+        chains = [self._chain(group) for group in self.param_groups]
+        flags = [bool(group["maximize"]) for group in self.param_groups]
+        key = (tuple((id(p), index, p.shape) for index, _, p in active), tuple(chains), tuple(flags), self.chunk_bytes)
+        if self._plan[0] == key and all(a is b for a, b in zip(self._plan_params, (p for _, _, p in active), strict=True)):
+            return self._plan[1]
+        members = [
+            (member, chains[index], flags[index])
+            for index, position, p in active
+            for member in members_of(
+                p,
+                index,
+                self._name(index, position),
+                self._site(self.param_groups[index], chains[index], index, position),
+            )
+        ]
+        plan: dict[Chain, list[Chunk]] = {}
+        for chunk in form_chunks(members, self.chunk_bytes):
+            plan.setdefault(chunk.chain, []).append(chunk)
+        self._plan, self._plan_params = (key, plan), [p for _, _, p in active]
+        return plan
+
+    def _context(self, chunk: Chunk, rates: list[float], iteration: int) -> Context:
+        grads = [m.view(m.param.grad) for m in chunk.members]  # type: ignore[arg-type]
+        weights = [m.view(m.param) for m in chunk.members]
+        if any(g.dtype != w.dtype for g, w in zip(grads, weights, strict=True)):
+            grads = [g.to(w.dtype) for g, w in zip(grads, weights, strict=True)]
+        if chunk.maximize:
+            grads = list(torch._foreach_neg(grads))
+        return Context(
+            names=[m.name for m in chunk.members],
+            grads=grads,
+            weights=weights,
+            steps=[float(self.state[m.param]["step"]) for m in chunk.members],
+            lrs=[rates[m.group] for m in chunk.members],
+            weight_decays=[float(self.param_groups[m.group]["weight_decay"]) for m in chunk.members],
+            counts=[m.rows for m in chunk.members],
+            shape=chunk.members[0].shape,
+            seed=self.seed,
+            iteration=iteration,
+            constants=self.constants,
+            statistics=self.statistics,
+            mesh=mesh_of(chunk.members[0].param),
+        )
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's format: plain numbers, strings and tensors, loadable with `weights_only=True`."""
+        self._sync()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore groups and state, each entry in its declared dtype.
+
+        torch casts loaded state to the parameter's dtype, which would ruin float32 statistics of bfloat16 weights
+        and anything integer; here the saved tensors are copied into those that construction allocated. Raises
+        CheckpointError, with nothing changed, when the checkpoint is of another model or optimizer.
+        """
+        self._sync()
+        saved: dict[str, Any] = {}
+
+        def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            self._check_saved(given)
+            saved.update(given)
+            own = [{k: g[k] for k in ("views", "param_names") if k in g} for g in self.param_groups]
+            groups = [{**theirs, **ours} for theirs, ours in zip(given["param_groups"], own, strict=True)]
+            return {"state": {}, "param_groups": groups}
+
+        def put(_: Any) -> None:
+            ids = [i for g in saved["param_groups"] for i in g["params"]]
+            for i, p in zip(ids, self.parameters(), strict=True):
+                self.state[p] = held[p]
+                for key, tensor in held[p].items():
+                    value = saved["state"][i][key]
+                    tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
+
+        held = dict(self.state)
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),  # after the user's pre-hooks
+            self.register_load_state_dict_post_hook(put, prepend=True),  # before the user's post-hooks
+        )
+        try:
+            with torch.no_grad():
+                super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._plan = (None, {})
+
+    def _check_saved(self, given: Mapping[str, Any]) -> None:
+        groups = given["param_groups"]
+        counts = [len(g["params"]) for g in groups]
+        expected = [len(g["params"]) for g in self.param_groups]
+        if counts != expected:
+            raise CheckpointError(
+                f"the saved optimizer has groups of {counts} parameters, this one of {expected}: build it on the same "
+                "model with the same routing"
+            )
+        for index, (theirs, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if theirs.get("chain", ours["chain"]) != ours["chain"]:
+                raise CheckpointError(
+                    f"group {index} was saved by {theirs['chain']!r} and is {ours['chain']!r} here: use that optimizer"
+                )
+            for position, (i, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
+                name, have = self._name(index, position), given["state"].get(i, {})
+                for key, tensor in self.state[p].items():
+                    if key not in have:
+                        raise CheckpointError(f"the saved state of {name!r} lacks {key!r}; it has {sorted(have)}")
+                    shape = tuple(getattr(have[key], "shape", ()))
+                    if shape != tuple(tensor.shape):
+                        raise CheckpointError(
+                            f"{key!r} of {name!r} was saved with shape {shape}; expected {tuple(tensor.shape)}"
+                        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_plan", (None, {}))
+
+
+def is_sharded(optimizer: MatrixOptimizer) -> bool:
+    """True when one of its parameters is a DTensor."""
+    return any(is_dtensor(p) for p in optimizer.parameters())

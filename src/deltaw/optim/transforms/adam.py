@@ -1,0 +1,61 @@
+"""Adam's elementwise second-moment scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import OptionError
+from deltaw.optim import checks
+from deltaw.optim.context import Context
+from deltaw.optim.transform import Elementwise, Listed, TensorSpec
+
+
+@dataclass(frozen=True)
+class Adam(Elementwise):
+    """m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², update (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε) (arXiv:1412.6980).
+
+    State: `exp_avg` and `exp_avg_sq`, shape and dtype of the parameter, as in torch.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise OptionError(f"betas={self.betas!r}; expected two numbers in [0, 1)")
+        object.__setattr__(self, "betas", tuple(checks.fraction("betas", b) for b in self.betas))
+        checks.number("eps", self.eps)
+
+    def state_spec(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, TensorSpec]:
+        return {"exp_avg": TensorSpec(), "exp_avg_sq": TensorSpec()}
+
+    def update_list(self, u: list[Tensor], state: Listed, ctx: Context) -> list[Tensor]:
+        denominators = self._moments(u, state, ctx)
+        out = list(torch._foreach_div(state["exp_avg"], denominators))
+        torch._foreach_div_(out, [1 - self.betas[0] ** t for t in ctx.steps])
+        return out
+
+    def write(self, weights: Sequence[Tensor], u: list[Tensor], state: Listed, ctx: Context) -> None:
+        # the division fused into the subtraction, operation for operation as torch.optim.AdamW does it
+        denominators = self._moments(u, state, ctx)
+        ctx.decay(weights)
+        sizes = [-(lr / (1 - self.betas[0] ** t)) for lr, t in zip(ctx.lrs, ctx.steps, strict=True)]
+        torch._foreach_addcdiv_(list(weights), state["exp_avg"], denominators, sizes)
+
+    def _moments(self, g: list[Tensor], state: Listed, ctx: Context) -> list[Tensor]:
+        """Move both moments on; returns √(v/(1−β₂ᵗ)) + ε."""
+        beta1, beta2 = self.betas
+        torch._foreach_lerp_(state["exp_avg"], g, 1 - beta1)
+        torch._foreach_mul_(state["exp_avg_sq"], beta2)
+        torch._foreach_addcmul_(state["exp_avg_sq"], g, g, 1 - beta2)
+        denominators = list(torch._foreach_sqrt(state["exp_avg_sq"]))
+        torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in ctx.steps])
+        torch._foreach_add_(denominators, self.eps)
+        return denominators
+
+
+adam = Adam

@@ -1,0 +1,53 @@
+"""Momentum, plain and Nesterov's, in the averaging and the summing form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaw.optim import checks
+from deltaw.optim.context import Context
+from deltaw.optim.transform import Elementwise, Listed, TensorSpec
+
+
+@dataclass(frozen=True)
+class Momentum(Elementwise):
+    """M ← μM + (1−μ)G (`ema`) or M ← μM + G (`sum`); the update is M.
+
+    With `nesterov` the update looks one step ahead: (1−μ)G + μM, in the sum form G + μM. The two forms are
+    proportional, so a scale-free transform after them makes no difference between them.
+
+    State: `momentum_buffer`, shape and dtype of the parameter.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = False
+    momentum_form: str = "ema"
+
+    def __post_init__(self) -> None:
+        checks.fraction("momentum", self.momentum)
+        checks.choice("momentum_form", self.momentum_form, ("ema", "sum"))
+
+    def state_spec(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, TensorSpec]:
+        return {"momentum_buffer": TensorSpec()}
+
+    def update_list(self, u: list[Tensor], state: Listed, ctx: Context) -> list[Tensor]:
+        held, mu = state["momentum_buffer"], self.momentum
+        if self.momentum_form == "ema":
+            torch._foreach_lerp_(held, u, 1 - mu)
+            return list(torch._foreach_lerp(u, held, mu)) if self.nesterov else held
+        torch._foreach_mul_(held, mu)
+        torch._foreach_add_(held, u)
+        return list(torch._foreach_add(u, held, alpha=mu)) if self.nesterov else held
+
+
+def momentum(momentum: float = 0.95, momentum_form: str = "ema") -> Momentum:
+    """Heavy-ball momentum."""
+    return Momentum(momentum, False, momentum_form)
+
+
+def nesterov(momentum: float = 0.95, momentum_form: str = "ema") -> Momentum:
+    """Nesterov momentum."""
+    return Momentum(momentum, True, momentum_form)

@@ -1,0 +1,44 @@
+"""The polar factor as a transform."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw import linalg
+from deltaw.optim.context import Context
+from deltaw.optim.transform import Stacked, Transform
+
+
+@dataclass(frozen=True)
+class Orthogonalize(Transform):
+    """Replace each matrix by its polar factor UVᵀ: the steepest direction in the spectral norm.
+
+    Options as in `deltaw.linalg.orthogonalize`. `dtype` None computes in bfloat16, for float64 parameters in
+    float64; the stack is formed in that dtype, so the cast costs no pass of its own.
+    """
+
+    method: str = "auto"
+    steps: int | None = None
+    coefficients: Any = None
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.coefficients is not None and not isinstance(self.coefficients, str):
+            object.__setattr__(self, "coefficients", tuple(tuple(map(float, c)) for c in self.coefficients))
+        self._polar(torch.eye(2, 2))  # an unknown method or a bad step count shows here, not in the first step
+
+    def stack_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype or (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+
+    def update(self, u: Tensor, state: Stacked, ctx: Context) -> Tensor:
+        return self._polar(u)
+
+    def _polar(self, u: Tensor) -> Tensor:
+        return linalg.orthogonalize(u, self.method, self.steps, coefficients=self.coefficients)
+
+
+orthogonalize = Orthogonalize
