@@ -14,6 +14,7 @@ from deltaw.models.sites import (
     get_parameter,
     inventory,
     qkv_split,
+    select_sites,
     tied_groups,
 )
 from deltaw.models.statistics import Statistics
@@ -44,6 +45,7 @@ __all__ = [
     "packaged_model",
     "qkv_split",
     "save_factored",
+    "select_sites",
     "site_from_name",
     "tied_groups",
 ]

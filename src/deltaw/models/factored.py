@@ -197,7 +197,8 @@ def load_factored(path: str | Path, task: str = "auto") -> nn.Module:
         for name, rank in ranks.items():
             try:
                 out, inn, bias = linear_shape(model, name)
-                layer = FactoredLinear(inn, int(rank), out, bias is not None, device="meta")
+                has_bias = bias is not None or f"{name}.second.bias" in checkpoint  # lord adds one
+                layer = FactoredLinear(inn, int(rank), out, has_bias, device="meta")
             except (LookupError, ValueError, TypeError) as e:
                 raise CheckpointError(f"{path}: {CONFIG_KEY} of config.json does not fit the model: {e}") from e
             model.set_submodule(name, layer)

@@ -182,7 +182,14 @@ def find_sites(
     Raises:
         TargetError: a pattern matches nothing (near misses are listed).
     """
-    weights = [s for s in inventory(model, rules) if len(s.shape) >= 2 and s.kind not in ("norm", "bias", "vector")]
+    return select_sites(inventory(model, rules), targets, exclude)
+
+
+def select_sites(
+    sites: Iterable[Site], targets: str | Sequence[str] = "all-linear", exclude: str | Sequence[str] = ()
+) -> list[Site]:
+    """`find_sites` on sites that are known already, such as those of a checkpoint (see `site_from_name`)."""
+    weights = [s for s in sites if len(s.shape) >= 2 and s.kind not in ("norm", "bias", "vector")]
     chosen: dict[str, Site] = {}
     for pattern in [targets] if isinstance(targets, str) else list(targets):
         found = [s for s in weights if _matches(s, pattern)]
@@ -315,7 +322,7 @@ def _linear_kind(module: nn.Module, pname: str) -> tuple[str | None, str]:
         return None, "out_in"
     if isinstance(module, nn.Linear):
         return "linear", "out_in"
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if hasattr(module, "nf") and any(c.__name__ == "Conv1D" for c in type(module).__mro__):
         return "conv1d", "in_out"
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return "linear", "out_in"
