@@ -1,0 +1,387 @@
+"""Putting structures on a model, switching them, and taking them off again."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw import catalogue
+from deltaw.adapters.base import DenseBase, Structure
+from deltaw.adapters.layer import AdaptedLayer, check_wrappable, unwrap, wrap
+from deltaw.adapters.shared import SharedBases, group_key
+from deltaw.errors import CompositionError, OptionError, TargetError, nearest, unknown_name
+from deltaw.linalg import seeded_generator
+from deltaw.models import Site, find_sites, get_parameter
+
+TIED = ("share", "untie", "error")
+_STATE = "_deltaw_adapters"
+
+
+@dataclass
+class AdapterSpec:
+    """What `save_adapter` needs to know beyond the tensors. `options` are those of all layers alike."""
+
+    method: str
+    options: dict[str, Any]
+    seed: int = 0
+    also_train: tuple[str, ...] = ()  # names of further trained parameters
+    also_modules: tuple[str, ...] = ()  # the modules that hold them
+    basis: str = ""  # key of the shared bases
+    extra: dict[str, Any] = field(default_factory=dict)  # foreign entries of a file, kept for the way back
+
+
+def adapt(
+    model: nn.Module,
+    id: str,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    name: str = "default",
+    rank: int | None = None,
+    exclude: str | Sequence[str] = (),
+    rules: Mapping[str, Mapping[str, Any]] | None = None,
+    also_train: str | Sequence[str] = (),
+    seed: int = 0,
+    stats: Any = None,
+    budget: int | None = None,
+    dtype: torch.dtype | None = None,
+    tied: str = "share",
+    **options: Any,
+) -> nn.Module:
+    """Put structure `id` on the matrices that `targets` selects, in place, and freeze everything else.
+
+    The new adapter is active and trained; other adapters stay on the model, inactive and frozen (`set_active` lets
+    several act together). Nothing is changed when an error is raised.
+
+    Args:
+        model: any module; returned as it is.
+        id: a method of the family "adapters", or an alias ("rslora").
+        targets, exclude, rules: as in `deltaw.models.find_sites`.
+        name: the adapter's name.
+        rank: None takes the method's default.
+        also_train: further parameters left trainable, such as the classifier head: a parameter or module name, its
+            suffix, a glob or "re:…".
+        seed: one seed gives the same start, layer by layer.
+        stats: activations from `deltaw.models.capture`, for methods that start from data.
+        budget: trainable numbers in total, for methods that spread ranks over the layers.
+        dtype: of the trained parameters; None: float32, or the weight's own dtype where that is wider.
+        tied: a weight that several modules share: "share" one structure among them, "untie" (the first gets a copy
+            of its own), or raise an "error".
+        options: of the method; `deltaw methods show ID` lists them.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UnknownNameError: no such method or option. OptionError: an option out of range. TargetError: nothing
+        selected, or a matrix that the method cannot change. CompositionError: the name is taken.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> _ = adapt(net, "lora", targets="0", rank=2, also_train="2")
+        >>> sum(p.numel() for p in net.parameters() if p.requires_grad)
+        132
+    """
+    cls, options = resolve(id, {**options, **({} if rank is None else {"rank": rank})})
+    sites = [s for s in find_sites(model, targets, exclude, rules) if s.role != "adapter"]
+    if not sites:
+        raise TargetError(f"targets {targets!r} select only parameters of other adapters")
+    extra = match_parameters(model, also_train, {s.name for s in sites})
+    per_site = cls.plan(sites, budget, stats) if budget is not None else {}
+    choice_of_tied(tied)
+    spec = AdapterSpec(cls.card.id, options, seed, tuple(extra), tuple(dict.fromkeys(extra.values())))
+    install(model, cls, sites, spec, name, per_site=per_site, stats=stats, dtype=dtype, tied=tied)
+    return model
+
+
+def resolve(id: str, options: Mapping[str, Any]) -> tuple[type[Structure], dict[str, Any]]:
+    """The class that serves a method id with these options, and the options left for its constructor."""
+    card = catalogue.get(id, "adapters")
+    catalogue.check_options(card, options)
+    merged = {**card.target.alias_options.get(id, {}), **options}
+    cls = card.target.select(merged)
+    catalogue.check_options(cls.card, merged)
+    return cls, merged
+
+
+def install(
+    model: nn.Module,
+    cls: type[Structure],
+    sites: list[Site],
+    spec: AdapterSpec,
+    name: str,
+    *,
+    per_site: Mapping[str, Mapping[str, Any]] | None = None,
+    stats: Any = None,
+    dtype: torch.dtype | None = None,
+    tied: str = "share",
+    bases: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Build the structures for `sites`, put them on, freeze the rest, and make `name` the active adapter."""
+    check_name(model, name)
+    if root_of(model) is not model and specs(model):
+        raise CompositionError("a part of this model has been adapted on its own; adapt that same part again, or unload it")
+    built = []
+    for site in sites:
+        if site.tied and tied == "error":
+            raise TargetError(f"{site.name!r} is shared with {', '.join(site.tied)}; choose tied='share' or 'untie'")
+        together = _sharing(model, site) if tied == "share" else [site]
+        for each in together:
+            check_wrappable(model, each)
+        options = {**spec.options, **(per_site or {}).get(site.name, {})}
+        weight = get_parameter(model, site)
+        with torch.device(weight.device):
+            structure = cls(site, dtype=dtype or torch.promote_types(weight.dtype, torch.float32), **options)
+        structure.options = options
+        built.append((together, structure))
+    if bases is None:
+        bases = cls.shared_bases(sites, spec.seed, spec.options)
+    shared = _state(model)["bases"] if _state(model) else SharedBases()
+    if bases:
+        spec.basis = group_key(cls.card.id, bases)
+        shared.add(spec.basis, bases)
+    for (site, *_), structure in built:
+        if bases:
+            structure.bind(shared, spec.basis)
+        weight = get_parameter(model, site).detach()
+        if weight.device.type != "meta":
+            structure.initialise(DenseBase(site.as_matrix(weight)), seeded_generator(spec.seed, cls.card.id, site.name), stats)
+        structure.train(model.training)
+    # Nothing has touched the model so far; from here on nothing fails.
+    if _state(model) is None:
+        trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+        setattr(model, _STATE, {"specs": {}, "bases": shared, "trainable": trainable})
+    for together, structure in built:
+        if together[0].tied and tied == "untie":
+            _untie(model, together[0])
+        for site in together:
+            wrap(model.get_submodule(site.module), site).attach(name, site, structure)
+            _no_fast_path(model, site)
+    _state(model)["specs"][name] = spec
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for _, structure in built:
+        for p in structure.parameters():
+            p.requires_grad_(True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for parameter in spec.also_train:
+        parameters[parameter].requires_grad_(True)
+    set_active(model, {name: 1.0})
+
+
+# -- looking at adapters ---------------------------------------------------------------------------------------------
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters on a model, in the order in which they were put on."""
+    return list(specs(model))
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that act at present."""
+    found = {layer._slots[k][0] for _, layer in layers(model) for k in layer._active}
+    return [n for n in adapter_names(model) if n in found]
+
+
+def specs(model: nn.Module) -> dict[str, AdapterSpec]:
+    """name -> how that adapter was made."""
+    state = _state(root_of(model))
+    return state["specs"] if state else {}
+
+
+def structures(model: nn.Module, name: str = "default") -> dict[str, Structure]:
+    """module name -> structure of one adapter (the parameter's full name for any other than `weight`)."""
+    return {site_key(s): structure for s, structure in held(model, name) if s is not None}
+
+
+def penalty(model: nn.Module) -> Tensor | float:
+    """The sum of the active structures' own penalties, to add to the loss; 0.0 when there are none."""
+    terms = {}
+    for _, layer in layers(model):
+        for key in layer._active:
+            terms.setdefault(id(layer.structures[key]), layer.structures[key].penalty())
+    return sum((t for t in terms.values() if t is not None), 0.0)
+
+
+def held(model: nn.Module, name: str) -> list[tuple[Site, Structure]]:
+    """(site, structure) of one adapter, each structure once. Raises UnknownNameError."""
+    if name not in specs(model):
+        raise unknown_name("adapter", name, adapter_names(model), "`adapter_names(model)` lists them.")
+    seen: dict[int, tuple[Site, Structure]] = {}
+    for path, layer in layers(root_of(model)):
+        for parameter, structure in layer.held(name).items():
+            seen.setdefault(id(structure), (replace(layer._sites[parameter], module=path), structure))
+    return list(seen.values())
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(module name, layer) of every adapted layer."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield path, module
+
+
+def site_key(site: Site) -> str:
+    """How a structure is named in files and reports."""
+    return site.module if site.parameter == "weight" else site.name
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The module that `adapt` was given, when `model` is a wrapper of it (compiled, data parallel) or holds it."""
+    for module in model.modules():
+        if _STATE in vars(module):
+            return module
+    return model
+
+
+# -- switching and taking off ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def set_active(model: nn.Module, weights: str | Sequence[str] | Mapping[str, float]) -> None:
+    """Let exactly these adapters act: {name: weight}, a name, or names (weight 1). {} gives the base model.
+
+    Raises:
+        UnknownNameError: no such adapter. CompositionError: two of them replace the output of one layer, or a weight
+        other than 1 on one that does. Nothing is changed then.
+    """
+    if not isinstance(weights, Mapping):
+        weights = dict.fromkeys([weights] if isinstance(weights, str) else weights, 1.0)
+    for name in weights:
+        if name not in specs(model):
+            raise unknown_name("adapter", name, adapter_names(model), "`adapter_names(model)` lists them.")
+    for _, layer in layers(model):
+        layer.check(weights)
+    for _, layer in layers(model):
+        layer.activate(weights)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Add ΔW into the weights and give back plain modules; the sum is made in float32 or wider.
+
+    Args:
+        name: fold this adapter with weight 1; None folds the active ones with their weights. All others are dropped.
+    """
+    if name is not None:
+        set_active(model, {name: 1.0})
+    for parameter, value in folded_weights(model):
+        parameter.copy_(value)
+    return unload(model)
+
+
+def folded_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(weight, W + ΔW in the weight's dtype) of the active adapters, each shared weight once."""
+    done = set()
+    for _, layer in layers(model):
+        for parameter, site in layer._sites.items():
+            weight = getattr(layer, parameter)
+            if id(weight) in done:
+                continue
+            done.add(id(weight))
+            delta = layer.total_delta(parameter)
+            if delta is not None:
+                yield weight, (weight.to(delta.dtype) + site.from_matrix(delta)).to(weight.dtype)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take all structures off; the weights and the parameters' `requires_grad` are as before `adapt`."""
+    root = root_of(model)
+    state = _state(root)
+    if state is None:
+        return model
+    for _, layer in list(layers(root)):
+        unwrap(layer)
+    for parameter_name, p in root.named_parameters():
+        p.requires_grad_(state["trainable"].get(parameter_name, True))
+    delattr(root, _STATE)
+    return model
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def match_parameters(model: nn.Module, patterns: str | Sequence[str], taken: set[str]) -> dict[str, str]:
+    """parameter name -> module name, for parameters that `patterns` select beside the structures."""
+    found: dict[str, str] = {}
+    parameters = [n for n, _ in model.named_parameters() if ".structures." not in n]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = {}
+        for name in parameters:
+            module = name.rpartition(".")[0]
+            if pattern.startswith("re:"):
+                hit = module if re.fullmatch(pattern[3:], name) else None
+            elif any(c in pattern for c in "*?["):
+                hit = module if fnmatch.fnmatchcase(name, pattern) else None
+            else:
+                at = f".{name}.".find(f".{pattern}.")
+                end = at + len(pattern)
+                hit = None if at < 0 else module if end >= len(name) else name[:end]
+            if hit is not None:
+                hits[name] = hit
+        if not hits:
+            raise TargetError(
+                f"also_train {pattern!r} matches no parameter; near misses: {nearest(pattern, parameters) or parameters[:3]}"
+            )
+        found.update(hits)
+    both = sorted(taken & set(found))
+    if both:
+        raise CompositionError(f"{both[0]!r} is both changed by a structure and in also_train; leave it out of one")
+    return found
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise OptionError for a name that cannot be used, CompositionError for one that is taken."""
+    if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
+        raise OptionError(f"adapter name {name!r}: expected letters, digits, '_' and '-', and no name of a method")
+    if name in specs(model):
+        raise CompositionError(f"the model already has an adapter named {name!r}; give the new one another name")
+
+
+def choice_of_tied(tied: str) -> None:
+    """Raise OptionError for an unknown way to treat tied weights."""
+    if tied not in TIED:
+        raise OptionError(f"tied is {tied!r}; expected one of {', '.join(map(repr, TIED))}")
+
+
+def _state(root: nn.Module) -> dict[str, Any] | None:
+    return vars(root).get(_STATE)
+
+
+def _sharing(model: nn.Module, site: Site) -> list[Site]:
+    """`site` and the sites of all other modules that hold the same parameter."""
+    first, found = model.get_submodule(site.module), [site]
+    for other in site.tied:
+        path, _, parameter = other.rpartition(".")
+        module = model.get_submodule(path)
+        if module is first or any(model.get_submodule(s.module) is module for s in found):
+            continue
+        kind = "embedding" if isinstance(module, nn.Embedding) else "linear" if isinstance(module, nn.Linear) else ""
+        if not kind or site.kind not in ("linear", "embedding"):
+            raise TargetError(
+                f"{site.name!r} is shared with {other!r} in a {type(module).__name__}, whose use of it is not known; "
+                "choose tied='untie' or exclude it"
+            )
+        found.append(replace(site, module=path, parameter=parameter, kind=kind))
+    return found
+
+
+def _untie(model: nn.Module, site: Site) -> None:
+    module = model.get_submodule(site.module)
+    module._parameters[site.parameter] = nn.Parameter(get_parameter(model, site).detach().clone())
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False
+
+
+def _no_fast_path(model: nn.Module, site: Site) -> None:
+    """torch's fused inference kernel of encoder layers reads the weights of the modules inside: switch it off."""
+    parts = site.module.split(".")
+    for depth in range(len(parts)):
+        owner = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0

@@ -1,0 +1,180 @@
+"""LoRA, plain and rank-stabilised: ΔW = s·B A.
+
+W [m, n] is frozen, A [r, n] and B [m, r] are trained; s = α/r ("standard") or α/√r ("rslora"). A starts from the
+Kaiming-uniform draw U(−1/√n, 1/√n), B from zero, so ΔW = 0. Dropout acts on the input of A only. On an embedding table
+W [V, e] the same product gives B [V, r] and A [r, e]; on a convolution W is read as [out, in·kh·kw]; an expert stack
+[E, m, n] has A [E, r, n] and B [E, m, r].
+
+Cost: r(m+n) trained numbers; 2Tr(m+n) operations forward, twice that backward; saves x and T·r numbers (x alone with
+`recompute`). Paper: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaw.adapters.base import BaseOp, LazyBase, Structure, choice, copy_into, positive, probability
+from deltaw.adapters.fused import low_rank
+from deltaw.catalogue import method
+from deltaw.errors import CheckpointError, OptionError
+from deltaw.linalg import random_orthonormal
+from deltaw.models import Site
+
+SCALINGS = ("standard", "rslora")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
+
+
+@method(
+    "lora",
+    family="adapters",
+    paper="arXiv:2106.09685",
+    title="LoRA: Low-Rank Adaptation of Large Language Models (with rank-stabilised scaling)",
+    summary="adds a trained product of two thin matrices to each frozen weight",
+    trainable="r*(m+n)",
+    aliases=("rslora",),
+    tags={"low-rank", "additive", "serving"},
+    peers={"peft": "LoraConfig"},
+    default_lr=2e-4,
+    lr_range=(5e-5, 2e-3),
+)
+class LoRA(Structure):
+    """Options: `alpha` (None: 2·rank for "standard", rank for "rslora"), `scaling`, `dropout` of the path's input,
+    `init` of A ("kaiming", "gaussian" with deviation 1/rank, "orthogonal" rows; "pissa" chooses that method),
+    `use_dora` (chooses that method), `recompute` (save x alone)."""
+
+    supports = Structure.supports | {"expert-stack"}
+    alias_options = {"rslora": {"scaling": "rslora"}}
+    peft_type = "LORA"
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        scaling: str = "standard",
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        use_dora: bool = False,
+        recompute: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(site, rank=rank, dtype=dtype)
+        if use_dora or init == "pissa":
+            raise OptionError("use_dora and init='pissa' choose another class: build it with `adapt`, or DoRA / PiSSA")
+        self._setup(alpha, scaling, dropout, recompute)
+        self.init = choice("lora", "init", init, INITS)
+
+    def _setup(self, alpha: float | None, scaling: str, dropout: float, recompute: bool) -> None:
+        choice("lora", "scaling", scaling, SCALINGS)
+        self.alpha = positive("lora", "alpha", (self.rank if scaling == "rslora" else 2 * self.rank) if alpha is None else alpha)
+        self.scaling = scaling
+        self.s = self.alpha / (math.sqrt(self.rank) if scaling == "rslora" else self.rank)
+        self.dropout = probability("lora", "dropout", dropout)
+        self.recompute = recompute
+        self.A = self.new(self.rank, self.n)
+        self.B = self.new(self.m, self.rank)
+
+    @classmethod
+    def select(cls, options: dict[str, Any]) -> type[Structure]:
+        from deltaw.adapters.dora import DoRA
+        from deltaw.adapters.pissa import PiSSA
+
+        pissa = options.get("init") == "pissa"
+        if options.get("use_dora") and pissa:
+            raise OptionError("use_dora and init='pissa' cannot be combined; choose one")
+        if pissa:
+            options.pop("init")
+        return PiSSA if pissa else DoRA if options.pop("use_dora", False) else cls
+
+    @torch.no_grad()
+    def initialise(self, base: BaseOp, generator: torch.Generator, stats: Any = None) -> None:
+        self.B.zero_()
+        shape = self.A.shape
+        if self.init == "kaiming":
+            start = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(self.n)
+        elif self.init == "gaussian":
+            start = torch.randn(shape, generator=generator) / self.rank
+        else:
+            frames = [random_orthonormal(self.n, self.rank, generator).mT for _ in range(math.prod(self.batch))]
+            start = torch.stack(frames).reshape(shape)
+        self.A.copy_(start)
+
+    def forward(self, x: Tensor, base: BaseOp, y: LazyBase, scale: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return low_rank(
+            x, self.A, self.B, base, y, scale=scale * self.s, recompute=self.recompute, dropout=dropout
+        )
+
+    def delta(self, base: BaseOp) -> Tensor:
+        return self.s * (self.B @ self.A)
+
+    def factors(self, base: BaseOp) -> tuple[Tensor, Tensor] | None:
+        return (self.s * self.B, self.A) if self.rank < min(self.m, self.n) else None
+
+    def rows(self, ids: Tensor, base: BaseOp) -> Tensor:
+        return self.s * (F.embedding(ids, self.B) @ self.A)
+
+    # -- peft ------------------------------------------------------------------------------------------------------
+
+    def peft_refusal(self, site: Site) -> str:
+        return "" if site.kind != "expert-stack" else "the layout of expert stacks in peft files is ambiguous"
+
+    def peft_tensors(self, site: Site) -> dict[str, Tensor]:
+        return to_peft(self.A, self.B, site)
+
+    def load_peft(self, tensors: dict[str, Tensor], site: Site) -> None:
+        a, b = from_peft(tensors, site)
+        copy_into(self.A, a, "lora_A")
+        copy_into(self.B, b, "lora_B")
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.scaling == "rslora",
+            "use_dora": False,
+            "init_lora_weights": self.init if self.init in ("gaussian", "orthogonal") else True,
+        }
+
+    @classmethod
+    def peft_options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        init = config.get("init_lora_weights", True)
+        if isinstance(init, str) and init.split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+            raise CheckpointError(
+                f"this adapter was trained with init_lora_weights={init!r}, on a base from which its start was "
+                "subtracted; on the original base it would count twice. Save it from peft with "
+                "path_initial_model_for_weight_conversion, which writes an ordinary LoRA of twice the rank."
+            )
+        return {
+            "rank": config["r"],
+            "alpha": config["lora_alpha"],
+            "scaling": "rslora" if config.get("use_rslora") else "standard",
+            "dropout": config.get("lora_dropout", 0.0),
+            "use_dora": bool(config.get("use_dora")),
+        }
+
+
+def to_peft(a: Tensor, b: Tensor, site: Site) -> dict[str, Tensor]:
+    """Our A [r, n], B [m, r] under peft's names and in peft's shapes."""
+    if site.kind == "embedding":  # peft writes the transposed table: ΔWᵀ [e, V] = B_peft A_peft
+        return {"lora_embedding_A": b.mT, "lora_embedding_B": a.mT}
+    if site.kind == "conv":
+        ones = (1,) * (len(site.shape) - 2)
+        return {"lora_A.weight": a.reshape(-1, *site.shape[1:]), "lora_B.weight": b.reshape(*b.shape, *ones)}
+    return {"lora_A.weight": a, "lora_B.weight": b}
+
+
+def from_peft(tensors: dict[str, Tensor], site: Site) -> tuple[Tensor, Tensor]:
+    """Inverse of `to_peft`; takes its keys out of `tensors`."""
+    if site.kind == "embedding":
+        return tensors.pop("lora_embedding_B").mT, tensors.pop("lora_embedding_A").mT
+    a, b = tensors.pop("lora_A.weight"), tensors.pop("lora_B.weight")
+    return (a.flatten(1), b.flatten(1)) if site.kind == "conv" else (a, b)
