@@ -1,0 +1,236 @@
+"""`deltaw adapt` as a function: data checked, model prepared, trained, scored and saved in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaw import catalogue
+from deltaw.errors import OptionError, unknown_name
+from deltaw.models import MATRIX_ROLES, Site, atomic_folder, get_parameter, inventory, load_pretrained, load_tokenizer
+from deltaw.train.data import TaskData, load_data
+from deltaw.train.evaluate import Evaluation, evaluate
+from deltaw.train.trainer import TrainOptions, TrainResult, train_model
+
+RECORD = "deltaw.json"
+#: methods that put no structure on the weights
+PLAIN = ("full", "head")
+
+
+@dataclass
+class TrainedModel:
+    """A trained model with everything known about the run."""
+
+    model: nn.Module
+    tokenizer: Any
+    data: TaskData
+    record: dict[str, Any]
+    result: TrainResult
+    evaluation: Evaluation | None = None
+    folder: Path | None = field(default=None)
+
+
+def train(
+    model: str | Path,
+    data: str | Path | Mapping[str, Any] | TaskData,
+    *,
+    method: str = "lora",
+    optimizer: str = "adamw",
+    out: str | Path | None = None,
+    targets: str | Sequence[str] = "all-linear",
+    parameters: str = "all",
+    method_options: Mapping[str, Any] | None = None,
+    optimizer_options: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    options: TrainOptions | None = None,
+    head: Mapping[str, torch.Tensor] | None = None,
+    progress: bool = False,
+    overwrite: bool = False,
+) -> TrainedModel:
+    """Adapt a pretrained model to a task.
+
+    Args:
+        model: folder or hub name (safetensors), or a GGUF file.
+        data: what `load_data` takes, or data already loaded.
+        method: an adapter id, "full" (train the weights themselves) or "head" (the head alone).
+        optimizer: an optimizer id; it is routed over the model.
+        parameters: for "full": "all", or "matrices" (hidden matrices and the head; embeddings, norms and biases
+            stay as they are).
+        head: initial values of the head's parameters by name; random (by the seed) where not given.
+        out: folder to write; nothing is written without it.
+
+    Returns:
+        The trained model; `evaluation` holds its score on the test split (else the validation split).
+    """
+    o = options or TrainOptions()
+    loaded = data if isinstance(data, TaskData) else load_data(data, seed=o.seed, **dict(data_options or {}))
+    check_method(method, method_options)
+    torch.manual_seed(o.seed)
+    overrides: dict[str, Any] = {}
+    if loaded.task == "classification":
+        names = loaded.label_names
+        overrides = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {n: i for i, n in enumerate(names)},
+        }
+    net = load_pretrained(model, task=loaded.task, seed=o.seed, **overrides)
+    tokenizer = load_tokenizer(model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(net.config, "pad_token_id", None) is None:
+        net.config.pad_token_id = tokenizer.pad_token_id
+    set_parameters(net, head or {})
+    prepare(net, method, targets=targets, parameters=parameters, seed=o.seed, **dict(method_options or {}))
+    if o.lr is None:
+        o = TrainOptions(**{**asdict(o), "lr": default_lr(method, optimizer)})
+    result = train_model(
+        net,
+        tokenizer,
+        loaded.train,
+        loaded.validation,
+        task=loaded.task,
+        optimizer=optimizer,
+        optimizer_options=dict(optimizer_options or {}),
+        options=o,
+        progress=progress,
+    )
+    scored = loaded.test or loaded.validation
+    evaluation = evaluate(net, tokenizer, scored, task=loaded.task, max_length=o.max_length) if scored else None
+    record = {
+        "kind": "model" if method in PLAIN else "adapter",
+        "base": str(model),
+        "task": loaded.task,
+        "label_names": loaded.label_names,
+        "columns": loaded.columns,
+        "data": loaded.source,
+        "method": method,
+        "method_options": dict(method_options or {}),
+        "optimizer": optimizer,
+        "optimizer_options": dict(optimizer_options or {}),
+        "options": asdict(o),
+        "trainable_params": count_trainable(net),
+        "params": sum(p.numel() for p in net.parameters()),
+        "steps": result.steps,
+        "seconds": round(result.seconds, 3),
+        "train_loss": result.train_loss,
+        "best_epoch": result.best_epoch,
+        "evaluation": evaluation.as_dict() if evaluation else None,
+    }
+    trained = TrainedModel(net, tokenizer, loaded, record, result, evaluation)
+    if out is not None and _main_process():
+        trained.folder = save(trained, out, overwrite=overwrite)
+    return trained
+
+
+def check_method(method: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raise UnknownNameError for a method or option that does not exist, before anything is loaded."""
+    if method in PLAIN:
+        if options:
+            raise OptionError(f"method {method!r} takes no options, found {', '.join(options)}")
+        return
+    try:
+        card = catalogue.get(method, "adapters")
+    except LookupError:
+        names = [c.id for c in catalogue.cards("adapters")]
+        raise unknown_name(
+            "adapter method", method, [*names, *PLAIN], "`deltaw methods --family adapters` lists them."
+        ) from None
+    catalogue.check_options(
+        card, {k: v for k, v in (options or {}).items() if k not in ("exclude", "rules", "tied", "dtype", "stats")}
+    )
+
+
+def default_lr(method: str, optimizer: str) -> float:
+    """The learning rate of the structure's card under AdamW, else the optimizer's own."""
+    if method not in PLAIN:
+        found = catalogue.get(method, "adapters").default_lr
+    elif optimizer == "adamw":
+        found = 1e-4 if method == "full" else 1e-3
+    else:
+        found = catalogue.get(optimizer, "optim").default_lr
+    return found if found is not None else 1e-3
+
+
+def prepare(
+    net: nn.Module,
+    method: str,
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    parameters: str = "all",
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Set which parameters train: attach a structure (the head stays trainable), or choose among the weights."""
+    sites = inventory(net)
+    heads = head_sites(sites)
+    if method not in PLAIN:
+        from deltaw.adapters import adapt
+
+        inside = {s.module for s in heads}
+        chosen = options.pop("exclude", ())
+        exclude = [*([chosen] if isinstance(chosen, str) else chosen), *sorted(inside)]
+        adapt(
+            net, method, targets=targets, also_train=tuple(s.name for s in heads), exclude=exclude, seed=seed, **options
+        )
+        return net
+    if parameters not in ("all", "matrices"):
+        raise unknown_name("value of `parameters`", parameters, ["all", "matrices"])
+    names = {s.name for s in heads}
+    for s in sites:
+        wanted = s.name in names or (method == "full" and (parameters == "all" or s.role in MATRIX_ROLES))
+        get_parameter(net, s).requires_grad_(wanted)
+    return net
+
+
+def head_sites(sites: Sequence[Site]) -> list[Site]:
+    """The parameters of a classifier's head: output layer and pooler with their biases. None for tied LM heads."""
+    roots = {s.module for s in sites if s.role in ("head", "pooler") and not s.tied}
+    return [s for s in sites if s.module in roots and s.role != "embedding"]
+
+
+def set_parameters(net: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy named values into the model; an unknown name or another shape raises."""
+    own = dict(net.named_parameters())
+    for name, value in values.items():
+        if name not in own:
+            raise unknown_name("parameter", name, own)
+        if own[name].shape != value.shape:
+            raise OptionError(
+                f"parameter {name!r} has shape {tuple(own[name].shape)}, the given value {tuple(value.shape)}"
+            )
+        with torch.no_grad():
+            own[name].copy_(value)
+
+
+def count_trainable(net: nn.Module) -> int:
+    """Number of values that receive gradients."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def save(trained: TrainedModel, out: str | Path, overwrite: bool = False) -> Path:
+    """Write the adapter or the model with tokenizer and record; the folder appears when it is complete."""
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        if trained.record["kind"] == "adapter":
+            from deltaw.adapters import save_adapter
+
+            save_adapter(trained.model, partial)
+        else:
+            trained.model.save_pretrained(partial)  # type: ignore[operator]
+        trained.tokenizer.save_pretrained(partial)
+        (Path(partial) / RECORD).write_text(json.dumps(trained.record, indent=1) + "\n", encoding="utf-8")
+    return Path(out)
+
+
+def _main_process() -> bool:
+    return (
+        not torch.distributed.is_available()
+        or not torch.distributed.is_initialized()
+        or torch.distributed.get_rank() == 0
+    )
