@@ -1,0 +1,57 @@
+"""`deltaw export`: a trained structure as a plain LoRA, or folded into the weights."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from deltaw.cli.common import Json, print_json, say, show
+
+app = typer.Typer(help="Export a trained structure as a plain LoRA or as folded weights.", no_args_is_help=True)
+Adapter = Annotated[str, typer.Argument(help="Adapter folder.")]
+Out = Annotated[str, typer.Option(help="Folder to write.")]
+Base = Annotated[str | None, typer.Option(help="Base model, when it moved.")]
+
+
+@app.command("lora")
+def lora(
+    adapter: Adapter,
+    out: Out,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the LoRA [default: exact where the structure is low-rank].")
+    ] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of each matrix's squared norm.")] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Write a plain LoRA (HF peft format) that serving engines read, with the error per matrix."""
+    from deltaw.adapters import export_lora
+    from deltaw.train import load
+
+    report = export_lora(load(adapter, base=base), out, rank=rank, energy=energy)
+    if as_json:
+        print_json({"out": out, **report.as_dict()})
+    else:
+        show(report.table())
+        say(out)
+
+
+@app.command("folded")
+def folded(adapter: Adapter, out: Out, base: Base = None, as_json: Json = False) -> None:
+    """Write a full model with ΔW added to its weights, readable by plain transformers."""
+    from pathlib import Path
+
+    from deltaw.adapters import fold
+    from deltaw.models import atomic_folder, load_tokenizer
+    from deltaw.train import load
+
+    net = fold(load(adapter, base=base))
+    with atomic_folder(out) as partial:
+        net.save_pretrained(partial)
+        if any(Path(adapter).glob("tokenizer*")):
+            load_tokenizer(adapter).save_pretrained(partial)
+    if as_json:
+        print_json({"out": out})
+    else:
+        say(out)
