@@ -75,18 +75,21 @@ class CompressionReport:
 
     def table(self) -> Table:
         """A rich table: one row per layer, totals in the caption."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         a, b = self.model_params
         x, y = self.model_bytes
         table = Table(
+            box=SIMPLE_HEAD,
+            pad_edge=False,
             title=f"{self.method}: {self.kept:.1%} of the targeted parameters kept (asked for {self.ratio:.0%})",
             caption=f"targeted layers {self.params_before:,} → {self.params_after:,} parameters · "
             f"model {a:,} → {b:,} parameters, {x / 1e6:.1f} → {y / 1e6:.1f} MB (dense: {x / 1e6:.1f} MB)",
         )
         table.add_column("layer", overflow="fold")
         for name in ("shape", "rank", "kept", "error", "output error"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for r in self.rows:
             table.add_row(
                 r["layer"],

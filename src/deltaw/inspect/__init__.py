@@ -1,0 +1,23 @@
+"""Inspection: what a fine-tune did to a model, in one page.
+
+found = inspect(base, tuned)
+print(found.table()); found.save_json("inspect.json"); found.plots("figures")
+"""
+
+from deltaw.inspect.change import BaseSVD, change
+from deltaw.inspect.inspection import Inspection, inspect
+from deltaw.inspect.intruder import Intruders, intruder, repair_intruders, repair_lora
+from deltaw.inspect.rankme import RankMe, rankme
+
+__all__ = [
+    "BaseSVD",
+    "Inspection",
+    "Intruders",
+    "RankMe",
+    "change",
+    "inspect",
+    "intruder",
+    "rankme",
+    "repair_intruders",
+    "repair_lora",
+]
