@@ -4,8 +4,10 @@ from deltaw.optim.adamw import AdamW
 from deltaw.optim.base import BaseOptions, MatrixOptimizer
 from deltaw.optim.context import Context
 from deltaw.optim.driver import Driver
+from deltaw.optim.hf_factory import OptimizerFactory, hf_factory
 from deltaw.optim.muon import Muon
 from deltaw.optim.normuon import NorMuon
+from deltaw.optim.routing import Plan, Row, explain, optimizer
 from deltaw.optim.transform import Chain, Elementwise, TensorSpec, Transform, chain
 from deltaw.optim.transforms import (
     SCALE_RULES,
@@ -42,17 +44,23 @@ __all__ = [
     "Muon",
     "NeuronNorm",
     "NorMuon",
+    "OptimizerFactory",
     "Orthogonalize",
+    "Plan",
+    "Row",
     "ShapeScale",
     "TensorSpec",
     "Transform",
     "adam",
     "chain",
     "clip_global_norm",
+    "explain",
+    "hf_factory",
     "match_rms",
     "momentum",
     "nesterov",
     "neuron_norm",
+    "optimizer",
     "orthogonalize",
     "scale_by_shape",
 ]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from deltaw.errors import CheckpointError, CompositionError, NonFiniteError, OptionError, unknown_name
+from deltaw.errors import CompositionError, OptionError, unknown_name
 from deltaw.models import Site
 from deltaw.optim import checks
+from deltaw.optim.checkpoint import load
 from deltaw.optim.context import Context
 from deltaw.optim.driver import Driver
-from deltaw.optim.sharding import check_placement, is_dtensor, local, mesh_of, zeros_rows
+from deltaw.optim.gradients import usable
+from deltaw.optim.sharding import check_placement, mesh_of, zeros_rows
 from deltaw.optim.stack import Chunk, form_chunks, members_of, run_chain, state_key
 from deltaw.optim.transform import Chain, Transform
 from deltaw.optim.transforms import Adam
@@ -22,6 +24,9 @@ from deltaw.optim.views import block_shapes, default_view, matrix_site
 
 #: keys of a group that are not options of its chain
 _FIXED = ("params", "param_names", "chain", "views", "lr", "weight_decay", "maximize", "initial_lr")
+
+#: attributes of torch's Optimizer that a copy or pickle leaves behind: bound hooks
+_HOOKS = frozenset(k for k in torch.optim.SGD([torch.zeros(1)]).__dict__ if k.startswith("_"))
 
 
 class BaseOptions(TypedDict, total=False):
@@ -43,6 +48,14 @@ class BaseOptions(TypedDict, total=False):
     chunk_bytes: int
     statistics: Mapping[Any, Tensor] | None
     driver: Driver | None
+
+
+@dataclass
+class _Plan:
+    """The stacks of a step. It holds its parameters, so the identities in `key` stay theirs while it lives."""
+
+    key: Any = None
+    chunks: dict[Chain, list[Chunk]] = field(default_factory=dict)
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -99,7 +112,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             "adamw": Chain((Adam(betas=adamw_betas, eps=adamw_eps),)),
             self.main: Chain(tuple(chain)),
         }
-        self._chain_defaults: dict[str, dict[str, Any]] = {
+        self.chain_defaults: dict[str, dict[str, Any]] = {
             "adamw": {"lr": adamw_lr, "weight_decay": adamw_weight_decay, **self.chains["adamw"].options()},
             self.main: {"lr": lr, "weight_decay": weight_decay, **self.chains[self.main].options()},
         }
@@ -111,10 +124,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.constants: dict[Any, Any] = {}
         missing = {n for c in self.chains.values() for n in c.needs} - {"weight"} - {k for k, _ in statistics or ()}
         if missing:
-            raise CompositionError(f"the chain needs the statistics {sorted(missing)}: pass statistics=capture(model, …)")
+            raise CompositionError(
+                f"the chain needs the statistics {sorted(missing)}: pass statistics=capture(model, …)"
+            )
         self._owned: list[list[Tensor]] = []  # the parameters that state was made for, by group and position
-        self._plan: tuple[Any, dict[Chain, list[Chunk]]] = (None, {})
-        super().__init__(list(params), {**self._chain_defaults[self.main], "maximize": bool(maximize)})
+        self._plan = _Plan()
+        super().__init__(list(params), {**self.chain_defaults[self.main], "maximize": bool(maximize)})
 
     # -- groups and state ---------------------------------------------------------------------------------------
 
@@ -135,14 +150,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         name = group.setdefault("chain", self.main)
         if name not in self.chains:
             raise unknown_name(f"chain of parameter group {index}", str(name), self.chains)
-        for key, value in self._chain_defaults[name].items():
+        for key, value in self.chain_defaults[name].items():
             group.setdefault(key, value)
         try:
             super().add_param_group(group)
         except ValueError as e:
             raise OptionError(f"parameter group {index}: {e}") from None
         added = self.param_groups[-1]
-        for key in set(self.defaults) - set(self._chain_defaults[name]) - {"maximize"} - set(param_group):
+        for key in set(self.defaults) - set(self.chain_defaults[name]) - {"maximize"} - set(param_group):
             del added[key]  # torch fills every group with the defaults of the main chain
         try:
             self._check_group(added, index)
@@ -158,7 +173,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         unknown = set(group) - set(_FIXED) - set(self.chains[group["chain"]].options())
         if unknown:
             raise unknown_name(
-                f"option in parameter group {index}", min(unknown), [*self._chain_defaults[group["chain"]], *_FIXED[1:4]]
+                f"option in parameter group {index}",
+                min(unknown),
+                [*self.chain_defaults[group["chain"]], *_FIXED[1:4]],
             )
         self._chain(group)
         checks.number(f"lr of parameter group {index}", group["lr"])
@@ -170,7 +187,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for position, p in enumerate(group["params"]):
             if not p.is_floating_point():
                 raise OptionError(
-                    f"parameter {self._name(index, position)!r} has dtype {p.dtype}: only real floating-point "
+                    f"parameter {self.name_of(index, position)!r} has dtype {p.dtype}: only real floating-point "
                     "parameters can be optimized; set requires_grad=False on the others and leave them out"
                 )
         kinds = sorted({p.device.type for g in self.param_groups for p in g["params"]})
@@ -181,7 +198,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         chain = self.chains[group["chain"]]
         return chain.with_options({k: group[k] for k in chain.options()})
 
-    def _name(self, index: int, position: int) -> str:
+    def name_of(self, index: int, position: int) -> str:
         names = self.param_groups[index].get("param_names")
         return names[position] if names else f"group{index}[{position}]"
 
@@ -189,7 +206,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """How a parameter reads as matrices; None in an elementwise chain."""
         if not chain.needs_matrices:
             return None
-        p, name = group["params"][position], self._name(index, position)
+        p, name = group["params"][position], self.name_of(index, position)
         view = group["views"][position] if "views" in group else default_view(p, name)
         return matrix_site(name, tuple(p.shape), view)
 
@@ -198,7 +215,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Create the state of one parameter, all of it, so that checkpoints are complete and equal on all ranks."""
         chain = self._chain(group)
         site = self._site(group, chain, index, position)
-        check_placement(p, self._name(index, position), site, chain)
+        check_placement(p, self.name_of(index, position), site, chain)
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
         blocks = block_shapes(site) if site else [(0, 0)]
         for block, shape in enumerate(blocks):
@@ -227,7 +244,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     if state is not None and state["step"].item() > 0:
                         self.state[old] = state
                         raise CompositionError(
-                            f"parameter {self._name(index, position)!r} was replaced in param_groups after it had taken "
+                            f"parameter {self.name_of(index, position)!r} was replaced in param_groups after it had taken "
                             f"{int(state['step'].item())} steps: wrap or shard the model before training, or load the "
                             "optimizer's state_dict into an optimizer built on the new parameters"
                         )
@@ -267,63 +284,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for position, p in enumerate(group["params"])
             if p.grad is not None
         ]
-        if not active or not self._usable([p for _, _, p in active]):
+        rates = [float(g["lr"]) for g in self.param_groups]
+        names = [self.name_of(index, position) for index, position, _ in active]
+        if not active or not usable([p for _, _, p in active], names, self.nonfinite, still=not any(rates)):
             return
         steps = [self.state[p]["step"] for _, _, p in active]
         torch._foreach_add_(steps, 1.0)
         iteration = max(int(s) for s in steps)
-        rates = [float(g["lr"]) for g in self.param_groups]
         for chain, chunks in self._chunks(active).items():
             run_chain(chain, chunks, (self._context(c, rates, iteration) for c in chunks), self.state)
-
-    def _usable(self, params: list[Tensor]) -> bool:
-        """Decide from the gradients alone, with one read from the device, whether to take this step."""
-        for p in params:
-            if p.grad.layout != torch.strided:  # type: ignore[union-attr]
-                raise CompositionError(
-                    f"sparse gradient of a parameter of shape {tuple(p.shape)}: use sparse=False in its embedding"
-                )
-        grads = [local(p.grad) for p in params]  # type: ignore[arg-type]
-        norms = torch._foreach_norm(grads)
-        total = torch.stack([x.to(norms[0].device, torch.float32) for x in norms]).sum()
-        if any(mesh_of(p) is not None for p in params):
-            torch.distributed.all_reduce(total)  # every rank must decide alike
-        total = total.item()
-        if total == 0 and all(float(g["lr"]) == 0 for g in self.param_groups):
-            return False
-        # a finite gradient may have an infinite norm in float32: look again before giving up
-        if math.isfinite(total) or all(bool(g.isfinite().all()) for g in grads):
-            return True
-        if self.nonfinite == "skip":
-            return False
-        bad = [self._name(i, j) for i, g in enumerate(self.param_groups) for j, p in enumerate(g["params"])
-               if p.grad is not None and not bool(local(p.grad).isfinite().all())]
-        raise NonFiniteError(
-            f"NaN or infinity in the gradient of {len(bad)} parameters, first {bad[:3]}; nothing was changed. Lower the "
-            "learning rate, clip, check the data, or pass nonfinite='skip'"
-        )
 
     def _chunks(self, active: list[tuple[int, int, Tensor]]) -> dict[Chain, list[Chunk]]:
         """The stacks of this step, by chain; kept while parameters, options and missing gradients stay the same."""
         chains = [self._chain(group) for group in self.param_groups]
         flags = [bool(group["maximize"]) for group in self.param_groups]
         key = (tuple((id(p), index, p.shape) for index, _, p in active), tuple(chains), tuple(flags), self.chunk_bytes)
-        if self._plan[0] == key and all(a is b for a, b in zip(self._plan_params, (p for _, _, p in active), strict=True)):
-            return self._plan[1]
+        if self._plan.key == key:
+            return self._plan.chunks
         members = [
             (member, chains[index], flags[index])
             for index, position, p in active
             for member in members_of(
                 p,
                 index,
-                self._name(index, position),
+                self.name_of(index, position),
                 self._site(self.param_groups[index], chains[index], index, position),
             )
         ]
         plan: dict[Chain, list[Chunk]] = {}
         for chunk in form_chunks(members, self.chunk_bytes):
             plan.setdefault(chunk.chain, []).append(chunk)
-        self._plan, self._plan_params = (key, plan), [p for _, _, p in active]
+        self._plan = _Plan(key, plan)
         return plan
 
     def _context(self, chunk: Chunk, rates: list[float], iteration: int) -> Context:
@@ -357,73 +348,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore groups and state, each entry in its declared dtype.
+        """Restore groups and state, each entry in its declared dtype (checkpoint.py).
 
-        torch casts loaded state to the parameter's dtype, which would ruin float32 statistics of bfloat16 weights
-        and anything integer; here the saved tensors are copied into those that construction allocated. Raises
-        CheckpointError, with nothing changed, when the checkpoint is of another model or optimizer.
+        Raises CheckpointError, with nothing changed, when the checkpoint is of another model or optimizer.
         """
         self._sync()
-        saved: dict[str, Any] = {}
+        load(self, state_dict, super().load_state_dict)
+        self._plan = _Plan()
 
-        def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            self._check_saved(given)
-            saved.update(given)
-            own = [{k: g[k] for k in ("views", "param_names") if k in g} for g in self.param_groups]
-            groups = [{**theirs, **ours} for theirs, ours in zip(given["param_groups"], own, strict=True)]
-            return {"state": {}, "param_groups": groups}
-
-        def put(_: Any) -> None:
-            ids = [i for g in saved["param_groups"] for i in g["params"]]
-            for i, p in zip(ids, self.parameters(), strict=True):
-                self.state[p] = held[p]
-                for key, tensor in held[p].items():
-                    value = saved["state"][i][key]
-                    tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
-
-        held = dict(self.state)
-        hooks = (
-            self.register_load_state_dict_pre_hook(take),  # after the user's pre-hooks
-            self.register_load_state_dict_post_hook(put, prepend=True),  # before the user's post-hooks
-        )
-        try:
-            with torch.no_grad():
-                super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._plan = (None, {})
-
-    def _check_saved(self, given: Mapping[str, Any]) -> None:
-        groups = given["param_groups"]
-        counts = [len(g["params"]) for g in groups]
-        expected = [len(g["params"]) for g in self.param_groups]
-        if counts != expected:
-            raise CheckpointError(
-                f"the saved optimizer has groups of {counts} parameters, this one of {expected}: build it on the same "
-                "model with the same routing"
-            )
-        for index, (theirs, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
-            if theirs.get("chain", ours["chain"]) != ours["chain"]:
-                raise CheckpointError(
-                    f"group {index} was saved by {theirs['chain']!r} and is {ours['chain']!r} here: use that optimizer"
-                )
-            for position, (i, p) in enumerate(zip(theirs["params"], ours["params"], strict=True)):
-                name, have = self._name(index, position), given["state"].get(i, {})
-                for key, tensor in self.state[p].items():
-                    if key not in have:
-                        raise CheckpointError(f"the saved state of {name!r} lacks {key!r}; it has {sorted(have)}")
-                    shape = tuple(getattr(have[key], "shape", ()))
-                    if shape != tuple(tensor.shape):
-                        raise CheckpointError(
-                            f"{key!r} of {name!r} was saved with shape {shape}; expected {tuple(tensor.shape)}"
-                        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_plan", (None, {}))
-
-
-def is_sharded(optimizer: MatrixOptimizer) -> bool:
-    """True when one of its parameters is a DTensor."""
-    return any(is_dtensor(p) for p in optimizer.parameters())
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps groups and state only; a copy needs the chains too
+        return {**{k: v for k, v in self.__dict__.items() if k not in _HOOKS}, "_plan": _Plan()}

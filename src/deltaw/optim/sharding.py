@@ -63,9 +63,13 @@ def check_placement(p: Tensor, name: str, site: Site | None, chain: Chain) -> No
         )
     for t in chain.transforms:
         if t.scope == "model":
-            raise CompositionError(f"{type(t).__name__} needs norms over all shards and does not support sharded parameters")
+            raise CompositionError(
+                f"{type(t).__name__} needs norms over all shards and does not support sharded parameters"
+            )
         if t.sharding == "whole" and t.state_spec((1, 1), p.dtype):
-            raise CompositionError(f"{type(t).__name__} keeps state of whole matrices and does not support sharded parameters")
+            raise CompositionError(
+                f"{type(t).__name__} keeps state of whole matrices and does not support sharded parameters"
+            )
 
 
 def zeros_rows(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -79,7 +79,7 @@ class Transform(abc.ABC):
         """
         ctx.descend(weights, ctx.rows(self.update(u, state, ctx)))
 
-    def after_step(self, weights: Sequence[Tensor], state: Listed, ctx: Context) -> None:
+    def after_step(self, weights: Sequence[Tensor], state: Listed, ctx: Context) -> None:  # noqa: B027 - optional
         """Called after the weights have moved (lookahead, averages). State entries are changed in place."""
 
     def scale_note(self, shape: tuple[int, int]) -> str:
@@ -212,4 +212,6 @@ def chain(*transforms: Transform | Sequence[Transform]) -> Chain:
 
 def _snake(transform: Transform) -> str:
     name = type(transform).__name__
-    return "".join("_" + c.lower() if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name))
+    return "".join(
+        "_" + c.lower() if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name)
+    )

@@ -45,7 +45,9 @@ def matrix_site(name: str, shape: tuple[int, ...], view: Any) -> Site:
         kind, layout, split = view
         split = tuple(int(rows) for rows in split)
     except (TypeError, ValueError):
-        raise OptionError(f"view {view!r} of {name!r}; expected (kind, layout, split), e.g. ('linear', 'out_in', ())") from None
+        raise OptionError(
+            f"view {view!r} of {name!r}; expected (kind, layout, split), e.g. ('linear', 'out_in', ())"
+        ) from None
     module, _, parameter = name.rpartition(".")
     site = Site(module, parameter, kind, "linear", shape, layout=layout, split=split)
     least = {"linear": 2, "conv1d": 2, "conv": 3, "expert-stack": 3}.get(kind)
