@@ -6,17 +6,9 @@ from deltaw.models.factored import FactoredLinear, factored_ranks, install_facto
 from deltaw.models.folders import atomic_folder, disk_errors
 from deltaw.models.names import site_from_name
 from deltaw.models.pretrained import PACKAGED, TASKS, load_pretrained, load_tokenizer, packaged_model
-from deltaw.models.sites import (
-    MATRIX_ROLES,
-    ROLES,
-    Site,
-    find_sites,
-    get_parameter,
-    inventory,
-    qkv_split,
-    select_sites,
-    tied_groups,
-)
+from deltaw.models.roles import MATRIX_ROLES, ROLES, qkv_split
+from deltaw.models.selection import find_sites, inventory, select_sites
+from deltaw.models.sites import Site, get_parameter, tied_groups
 from deltaw.models.statistics import Statistics
 from deltaw.models.writer import CheckpointWriter
 

@@ -40,6 +40,8 @@ class FactoredLinear(nn.Module):
         torch.Size([3, 6])
     """
 
+    factor_names = ("first", "second")  # `inventory` gives both the role of the layer they replace
+
     def __init__(
         self,
         in_features: int,

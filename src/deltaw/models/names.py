@@ -12,14 +12,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from deltaw.models.sites import _HEAD, _NAME_RULES, _NORM, _ROUTER, Site, _expert_stack, _fused
+from deltaw.models.roles import HEAD, NORM, ROUTER, expert_layout, expert_role, role_by_name, row_blocks
+from deltaw.models.sites import Site
 
 _EMBEDDING = re.compile(
     r"(^|[._])(wte|wpe|shared|embed|embeds|embeddings?|embed_tokens|embed_positions|embd|position_ids)(_\w+)?(\.|$)"
     r"|_embeddings?(\.|$)|(class|cls|mask|pos|position|dist)_(embed|embedding|embeddings|token)s?$"
     r"|(cls|mask)_token$|relative_attention_bias|relative_position_bias"
 )
-#: vocabulary-sized output layers that `_HEAD` (made for module paths of live models) does not list
+#: vocabulary-sized output layers that `HEAD` (made for module paths of live models) does not list
 _OUTPUT = re.compile(r"(^|\.)(predictions\.decoder|generator_lm_head|text_projection)(\.|$)")
 #: model types whose projections are transformers' Conv1D, stored [in, out]
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -39,16 +40,20 @@ def site_from_name(name: str, shape: Sequence[int], config: Mapping[str, Any] | 
     site = Site(module, parameter, "other", "unknown", shape, reason="no rule for this name")
     view = _namespace(config)
     leaf = module.rsplit(".", 1)[-1]
-    if _HEAD.search(module) or _OUTPUT.search(module) or _OUTPUT.search(name):
+    if HEAD.search(module) or _OUTPUT.search(module) or _OUTPUT.search(name):
         return replace(site, kind="linear" if len(shape) == 2 else "bias", role="head", reason="output head by name")
     if len(shape) < 2:
-        if _NORM.search(leaf):
+        if NORM.search(leaf):
             return replace(site, kind="norm", role="norm", reason="normalisation layer by name")
         if "bias" in parameter:
             return replace(site, kind="bias", role="bias", reason="bias vector")
         return replace(site, kind="vector", role="vector", reason="not a matrix")
     if len(shape) == 3 and re.search(r"expert", name, re.IGNORECASE):
-        return _expert_stack(replace(site, kind="expert-stack"), None, view)  # type: ignore[arg-type]
+        role = expert_role(parameter if parameter != "weight" else module)
+        site = replace(site, kind="expert-stack", role=role)
+        return site.with_layout(expert_layout(role, shape, view), "stack of expert matrices")
+    if re.search(r"expert.*(^|[._])bias(es)?$", name, re.IGNORECASE):
+        return replace(site, kind="bias", role="bias", reason="stack of bias vectors")
     if (_EMBEDDING.search(module) and parameter == "weight") or _EMBEDDING.search(parameter):
         # "patch_embeddings.projection" is a convolution inside an embedding module, not a table.
         if len(shape) == 4:
@@ -63,9 +68,9 @@ def site_from_name(name: str, shape: Sequence[int], config: Mapping[str, Any] | 
         return replace(site, ambiguous=True, reason=f"{len(shape)}-D tensor: no rule")
     if 1 in shape:
         return replace(site, kind="vector", role="vector", reason="one row or column")
-    if _NORM.search(leaf):
+    if NORM.search(leaf):
         return replace(site, kind="norm", role="norm", reason="normalisation layer by name")
-    if _ROUTER.search(module):
+    if ROUTER.search(module):
         return replace(site, kind="linear", role="router", reason="expert router")
     site = replace(site, kind="linear")
     if getattr(view, "model_type", None) in _CONV1D_TYPES and _CONV1D_NAMES.search(module):
@@ -73,10 +78,11 @@ def site_from_name(name: str, shape: Sequence[int], config: Mapping[str, Any] | 
     if parameter == "in_proj_weight":
         rows = shape[0] // 3
         return replace(site, role="qkv", split=(rows, rows, rows), reason="fused q, k, v of nn.MultiheadAttention")
-    for pattern, role in _NAME_RULES:
-        if re.search(pattern, module):
-            return _fused(replace(site, role=role, reason="matrix by name"), module, view)
-    return replace(site, role="linear", reason="matrix of no special name")
+    found = role_by_name(module)
+    if found is None:
+        return replace(site, role="linear", reason="matrix of no special name")
+    site = replace(site, role=found)
+    return site.with_layout(row_blocks(found, module, *site.matrix_shape, view), "matrix by name")
 
 
 def _namespace(config: Mapping[str, Any] | None) -> SimpleNamespace | None:
