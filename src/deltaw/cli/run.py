@@ -28,8 +28,7 @@ def command(
     A killed run continues where it stopped when the same command is given again.
     """
     from deltaw.errors import OptionError, unknown_name
-    from deltaw.recipes import run
-    from deltaw.recipes.cells import Cell
+    from deltaw.recipes import Cell, run
 
     if quick and full:
         raise OptionError("--quick and --full exclude each other")
