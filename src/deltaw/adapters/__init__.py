@@ -18,8 +18,10 @@ from deltaw.adapters.adapt import (
 )
 from deltaw.adapters.base import BaseOp, DenseBase, LazyBase, Structure
 from deltaw.adapters.dora import DoRA
+from deltaw.adapters.export import ExportReport, export_lora, save_folded
 from deltaw.adapters.fused import low_rank, prefer_weight, weight_centric
 from deltaw.adapters.hra import HRA
+from deltaw.adapters.io import load_adapter, save_adapter
 from deltaw.adapters.layer import AdaptedLayer
 from deltaw.adapters.lora import LoRA
 from deltaw.adapters.pissa import PiSSA
@@ -34,6 +36,7 @@ __all__ = [
     "BaseOp",
     "DenseBase",
     "DoRA",
+    "ExportReport",
     "LazyBase",
     "LoRA",
     "PiSSA",
@@ -42,10 +45,14 @@ __all__ = [
     "active_adapters",
     "adapt",
     "adapter_names",
+    "export_lora",
     "fold",
+    "load_adapter",
     "low_rank",
     "penalty",
     "prefer_weight",
+    "save_adapter",
+    "save_folded",
     "set_active",
     "specs",
     "structures",

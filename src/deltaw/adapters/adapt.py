@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import catalogue
-from deltaw.adapters.base import DenseBase, Structure
+from deltaw.adapters.base import BaseOp, DenseBase, Structure
 from deltaw.adapters.layer import AdaptedLayer, check_wrappable, unwrap, wrap
 from deltaw.adapters.shared import SharedBases, group_key
 from deltaw.errors import CompositionError, OptionError, TargetError, nearest, unknown_name
@@ -121,11 +121,17 @@ def install(
     dtype: torch.dtype | None = None,
     tied: str = "share",
     bases: Mapping[str, Tensor] | None = None,
+    fill: Callable[[Site, Structure, BaseOp], None] | None = None,
 ) -> None:
-    """Build the structures for `sites`, put them on, freeze the rest, and make `name` the active adapter."""
+    """Build the structures for `sites`, put them on, freeze the rest, and make `name` the active adapter.
+
+    `fill` sets the values of a new structure (a reader of files); None calls its `initialise`.
+    """
     check_name(model, name)
     if root_of(model) is not model and specs(model):
-        raise CompositionError("a part of this model has been adapted on its own; adapt that same part again, or unload it")
+        raise CompositionError(
+            "a part of this model has been adapted on its own; adapt that same part again, or unload it"
+        )
     built = []
     for site in sites:
         if site.tied and tied == "error":
@@ -149,8 +155,11 @@ def install(
         if bases:
             structure.bind(shared, spec.basis)
         weight = get_parameter(model, site).detach()
-        if weight.device.type != "meta":
-            structure.initialise(DenseBase(site.as_matrix(weight)), seeded_generator(spec.seed, cls.card.id, site.name), stats)
+        base = DenseBase(site.as_matrix(weight))
+        if fill is not None:
+            fill(site, structure, base)
+        elif weight.device.type != "meta":
+            structure.initialise(base, seeded_generator(spec.seed, cls.card.id, site.name), stats)
         structure.train(model.training)
     # Nothing has touched the model so far; from here on nothing fails.
     if _state(model) is None:

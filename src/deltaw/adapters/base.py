@@ -109,7 +109,7 @@ class Structure(nn.Module):
             is active on a layer, applied before the additive ones) or "function" (no ΔW: exempt from fold and export).
         supports: kinds of `Site` it can change.
         alias_options: options that an alias of the card stands for, e.g. {"rslora": {"scaling": "rslora"}}.
-        peft_type: `peft_type` of the peft method with the same parameters, "" when there is none.
+        peft_type, peft_prefix: name of the peft method with the same parameters, and how its tensor names begin.
 
     Buffers that are persistent are part of the adapter's file; what can be rebuilt exactly from a seed is not.
     """
@@ -118,6 +118,7 @@ class Structure(nn.Module):
     supports: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "embedding"})
     alias_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     peft_type: ClassVar[str] = ""
+    peft_prefix: ClassVar[str] = ""
     card: ClassVar[Card]
 
     def __init__(self, site: Site, *, rank: int | None, dtype: torch.dtype = torch.float32):
@@ -149,6 +150,9 @@ class Structure(nn.Module):
     def initialise(self, base: BaseOp, generator: torch.Generator, stats: Any = None) -> None:
         """Set the starting values. `generator` (CPU) is the only source of chance; `stats` are captured activations."""
         raise TypeError(f"{type(self).__name__} does not define initialise")
+
+    def restore(self, base: BaseOp) -> None:
+        """Rebuild what the adapter's file does not hold, after its tensors have been read."""
 
     def delta(self, base: BaseOp) -> Tensor:
         """ΔW [m, n] against the original weight, exact, differentiable, in the parameters' dtype."""

@@ -65,8 +65,12 @@ class DoRA(LoRA):
     @torch.no_grad()
     def initialise(self, base: BaseOp, generator: torch.Generator, stats: Any = None) -> None:
         super().initialise(base, generator, stats)
-        self.row_norm2.copy_(self.weight(base).square().sum(1))
+        self.restore(base)
         self.magnitude.copy_(self.row_norm2.sqrt())
+
+    @torch.no_grad()
+    def restore(self, base: BaseOp) -> None:
+        self.row_norm2.copy_(self.weight(base).square().sum(1))
 
     def ratio(self, base: BaseOp) -> Tensor:
         """p / c [m], differentiable in p alone."""

@@ -74,7 +74,7 @@ class _LowRank(torch.autograd.Function):
             out = y.addmm_(w, b.to(dtype).mT)
         else:
             out = torch.addmm(y, w, b.to(dtype).mT)
-        need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
+        need_a, need_b, need_m = ctx.needs_input_grad[1:4]
         keep_z = (need_b or need_m) and not recompute
         keep_x = need_a or ((need_b or need_m) and recompute)
         ctx.save_for_backward(x if keep_x else None, z if keep_z else None, a, b, middle, scale)

@@ -48,6 +48,7 @@ class HRA(Structure):
 
     form = "rotation"
     peft_type = "HRA"
+    peft_prefix = "hra_"
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class LoRA(Structure):
     supports = Structure.supports | {"expert-stack"}
     alias_options = {"rslora": {"scaling": "rslora"}}
     peft_type = "LORA"
+    peft_prefix = "lora_"
 
     def __init__(
         self,
@@ -73,7 +74,9 @@ class LoRA(Structure):
 
     def _setup(self, alpha: float | None, scaling: str, dropout: float, recompute: bool) -> None:
         choice("lora", "scaling", scaling, SCALINGS)
-        self.alpha = positive("lora", "alpha", (self.rank if scaling == "rslora" else 2 * self.rank) if alpha is None else alpha)
+        self.alpha = positive(
+            "lora", "alpha", (self.rank if scaling == "rslora" else 2 * self.rank) if alpha is None else alpha
+        )
         self.scaling = scaling
         self.s = self.alpha / (math.sqrt(self.rank) if scaling == "rslora" else self.rank)
         self.dropout = probability("lora", "dropout", dropout)
@@ -108,9 +111,7 @@ class LoRA(Structure):
 
     def forward(self, x: Tensor, base: BaseOp, y: LazyBase, scale: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return low_rank(
-            x, self.A, self.B, base, y, scale=scale * self.s, recompute=self.recompute, dropout=dropout
-        )
+        return low_rank(x, self.A, self.B, base, y, scale=scale * self.s, recompute=self.recompute, dropout=dropout)
 
     def delta(self, base: BaseOp) -> Tensor:
         return self.s * (self.B @ self.A)

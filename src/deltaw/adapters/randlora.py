@@ -50,6 +50,7 @@ class RandLoRA(Structure):
     "very-sparse"), `dropout` of the path's input, `mode` ("auto", "input" or "weight")."""
 
     peft_type = "RANDLORA"
+    peft_prefix = "randlora_"
     supports = frozenset({"linear", "conv1d", "conv"})
 
     def __init__(
@@ -91,7 +92,10 @@ class RandLoRA(Structure):
             return _peft_bases(rank, large, small, kind, seed)
         small, large = max(min(s) for s in shapes), max(max(s) for s in shapes)
         generator = seeded_generator(seed, "randlora", kind)
-        draw = [torch.rand(shape, generator=generator) for shape in ((rank, 1, small), (large, math.ceil(small / rank), rank))]
+        draw = [
+            torch.rand(shape, generator=generator)
+            for shape in ((rank, 1, small), (large, math.ceil(small / rank), rank))
+        ]
         a, b = (_ternary(t, kind, small) if kind != "uniform" else (2 * t - 1) * math.sqrt(3) for t in draw)
         return {"A": a, "B": b}
 

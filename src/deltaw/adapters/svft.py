@@ -70,14 +70,14 @@ class SVFT(Structure):
                 f"svft: pattern 'topk' compares left with right singular vectors and needs a square weight; {site.name!r} "
                 f"is {self.m} x {self.n}. Take 'banded' or 'random', or exclude it."
             )
-        self.R = rank or min(self.m, self.n)
-        k = 0 if pattern == "plain" else min(bands, self.R - 1)
-        size = self.R * (2 * k + 1) - k * (k + 1)
+        self.top = rank or min(self.m, self.n)
+        k = 0 if pattern == "plain" else min(bands, self.top - 1)
+        size = self.top * (2 * k + 1) - k * (k + 1)
         self.bands = k
         self.values = self.new(size)
         self.gate = self.new() if init == "official" else None
-        self.register_buffer("U", torch.empty(self.m, self.R, dtype=dtype))
-        self.register_buffer("Vh", torch.empty(self.R, self.n, dtype=dtype))
+        self.register_buffer("U", torch.empty(self.m, self.top, dtype=dtype))
+        self.register_buffer("Vh", torch.empty(self.top, self.n, dtype=dtype))
         if pattern != "plain":  # flat positions i·R + j in M
             self.register_buffer("positions", torch.zeros(size, dtype=torch.long))
 
@@ -87,10 +87,10 @@ class SVFT(Structure):
 
     @torch.no_grad()
     def initialise(self, base: BaseOp, generator: torch.Generator, stats: Any = None) -> None:
-        u, _, vh = truncated_svd(self.weight(base), self.R)
+        u, _, vh = truncated_svd(self.weight(base), self.top)
         self.U.copy_(u)
         self.Vh.copy_(vh)
-        size, R = self.values.numel(), self.R
+        size, R = self.values.numel(), self.top
         if self.pattern == "banded":
             i, j = torch.meshgrid(torch.arange(R), torch.arange(R), indexing="ij")
             self.positions.copy_((i * R + j)[(i - j).abs() <= self.bands])
@@ -110,14 +110,14 @@ class SVFT(Structure):
         values = self.values if self.gate is None else self.values * torch.sigmoid(self.gate)
         if self.pattern == "plain":
             return values
-        return values.new_zeros(self.R**2).index_put((self.positions,), values).view(self.R, self.R)
+        return values.new_zeros(self.top**2).index_put((self.positions,), values).view(self.top, self.top)
 
     def forward(self, x: Tensor, base: BaseOp, y: LazyBase, scale: Tensor) -> Tensor:
         training = torch.is_grad_enabled()
         if self.mode == "weight" or (
             self.mode == "auto"
             and y.pending
-            and prefer_weight(x.shape[0], self.m, self.n, self.R, trained=0, training=training)
+            and prefer_weight(x.shape[0], self.m, self.n, self.top, trained=0, training=training)
         ):
             return weight_centric(self, x, base, scale) if y.pending else super().forward(x, base, y, scale)
         return low_rank(x, self.Vh, self.U, base, y, scale=scale, middle=self.middle())
@@ -128,7 +128,7 @@ class SVFT(Structure):
 
     def factors(self, base: BaseOp) -> tuple[Tensor, Tensor] | None:
         m = self.middle()
-        return (self.U * m if m.ndim == 1 else self.U @ m, self.Vh) if self.R < min(self.m, self.n) else None
+        return (self.U * m if m.ndim == 1 else self.U @ m, self.Vh) if self.top < min(self.m, self.n) else None
 
     def parameter_kinds(self) -> dict[str, str]:
         return {name: "diagonals" if self.pattern == "plain" else "vector" for name, _ in self.named_parameters()}

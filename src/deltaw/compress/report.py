@@ -83,6 +83,7 @@ class CompressionReport:
         table = Table(
             box=SIMPLE_HEAD,
             pad_edge=False,
+            padding=(0, 1, 0, 0),
             title=f"{self.method}: {self.kept:.1%} of the targeted parameters kept (asked for {self.ratio:.0%})",
             caption=f"targeted layers {self.params_before:,} → {self.params_after:,} parameters · "
             f"model {a:,} → {b:,} parameters, {x / 1e6:.1f} → {y / 1e6:.1f} MB (dense: {x / 1e6:.1f} MB)",

@@ -108,7 +108,11 @@ class Inspection:
         from rich.table import Table
 
         table = Table(
-            title=f"{self.tuned} against {self.base}", caption=self._summary(), box=SIMPLE_HEAD, pad_edge=False
+            title=f"{self.tuned} against {self.base}",
+            caption=self._summary(),
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
         table.add_column(by, overflow="fold")
         heads = ("ΔW / W", "eff. rank", "stable", "in top", "intruders")
