@@ -1,12 +1,16 @@
-"""The two loops behind `orthogonalize`: on the matrix itself, and on its smaller Gram matrix.
+"""The loop behind `orthogonalize`: a chain of quintics, evaluated on X or on its smaller Gram matrix.
 
-Input is [B, s, l] with s <= l. Both start from X / ‖X‖_F, with the norm taken in float32 or wider before the
-cast: half precision overflows on the square of ordinary gradients.
+A quintic step is X ← (aI + bR + cR²)X with R = XXᵀ. Several steps can share one look at X: while Q with
+X_now = QX and R are both polynomials of the first R, all products are s×s (Gram Newton–Schulz; Zhang, Amsel, Chen,
+Dao, 2026). X is formed anew at the *restarts*; a restart before every step is the plain iteration, so one loop
+serves both. Input is [B, s, l] with s <= l.
+
+Two versions: `iterate` is batched, differentiable and runs anywhere. `iterate_symmetric` walks through the batch on the
+CPU in float32, in preallocated buffers that stay in cache, and computes only a staircase of each symmetric product.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +21,10 @@ from deltaw.linalg._checks import working_dtype
 from deltaw.linalg.coefficients import Triple
 
 _HALF = (torch.bfloat16, torch.float16)
+#: below this side a symmetric product in strips is slower than the dense one, and strips stop paying beyond this many
+_STRIP_SIDE, _STRIPS = 256, 3
+#: a batch of matrices at least this large is walked through rather than batched
+_LOOP_SIDE = 96
 
 
 def unit_scale(x: Tensor) -> Tensor:
@@ -39,40 +47,36 @@ def unit_scale(x: Tensor) -> Tensor:
     return torch.where(torch.isfinite(peak), scale, float("nan"))
 
 
-def normalised(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """X / ‖X‖_F in `dtype`; a subnormal 1/‖X‖ is avoided by scaling in two strokes when needed."""
-    wide = x.to(working_dtype(x.dtype))
-    return (wide * unit_scale(wide)).to(dtype)
+def iterate(
+    x: Tensor, coefficients: Sequence[Triple], restarts: Sequence[int], dtype: torch.dtype, *, tight: bool = False
+) -> Tensor:
+    """The chain of quintics on X / ‖X‖_F, batched, in `dtype`; the norm is taken in float32 or wider before the cast.
 
-
-def iterate(x: Tensor, coefficients: Sequence[Triple], dtype: torch.dtype) -> Tensor:
-    """X ← aX + (bA + cA²)X with A = XXᵀ, on [B, s, l]: 4s²l + 2s³ flops a step."""
-    x = normalised(x, dtype)
-    for a, b, c in coefficients:
-        gram = x @ x.mT
-        mixed = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, mixed, x, beta=a)
-    return x
-
-
-def gram_iterate(x: Tensor, coefficients: Sequence[Triple], restarts: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The same polynomial through R = XXᵀ only; X is touched at the start, at `restarts` and at the end.
-
-    Between restarts the factor Q with X_now = Q X is kept as a polynomial of R, so all products are s×s. All these
-    matrices commute and are symmetric. Source: Gram Newton–Schulz (Zhang, Amsel, Chen, Dao, 2026).
+    Args:
+        x: [B, s, l], s <= l.
+        coefficients: (a, b, c) a step.
+        restarts: steps, from 1, before which X is formed anew.
+        dtype: of all products.
+        tight: divide further by ‖(XXᵀ)²‖_F^{1/4} = (Σσ⁸)^{1/8}, an upper bound of σ₁ that costs nothing because the
+            first step forms R² anyway. It lifts every singular value, so a fixed chain is never worse for it; on a
+            Gaussian 384×384 matrix it is 0.15 of the Frobenius norm.
     """
-    cuts = sorted(set(restarts))
-    if cuts and not (cuts[0] > 0 and cuts[-1] < len(coefficients)):
-        raise OptionError(f"restarts={list(restarts)}; expected steps between 1 and {len(coefficients) - 1}")
-    x = normalised(x, dtype)
+    cuts = check_restarts(restarts, len(coefficients))
+    wide = x.to(working_dtype(x.dtype))
+    x = (wide * unit_scale(wide)).to(dtype)
     for begin, end in zip([0, *cuts], [*cuts, len(coefficients)], strict=True):
         r = x @ x.mT
+        if begin == 0 and tight:
+            bound = torch.linalg.vector_norm((r @ r).to(working_dtype(dtype)), dim=(-2, -1), keepdim=True) ** 0.25
+            # a zero matrix has bound 0; half precision rounds r by up to 2⁻⁸
+            shrink = 1.0 / (torch.where(bound > 0, bound, 1.0) * (1.01 if dtype in _HALF else 1.0001))
+            x, r = (x * shrink).to(dtype), (r * shrink.square()).to(dtype)
         q: Tensor | None = None
         first = coefficients[begin][0]
         for step in range(begin, end):
             a, b, c = coefficients[step]
             z = torch.baddbmm(r, r, r, beta=b, alpha=c)
-            # Q starts as I, so the first product is Z + aI; its aI goes into `first` until a second step needs it
+            # Q starts as I, so after the first step it is Z + aI; that aI joins when a second step needs it
             if q is None:
                 q = z
             else:
@@ -87,22 +91,146 @@ def gram_iterate(x: Tensor, coefficients: Sequence[Triple], restarts: Sequence[i
     return x
 
 
-@functools.lru_cache(maxsize=64)
-def plan_restarts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Where the Gram iteration forms X anew, 0-based.
+def iterate_symmetric(
+    x: Tensor, coefficients: Sequence[Triple], restarts: Sequence[int], *, tight: bool = False
+) -> Tensor:
+    """As `iterate`, in float32 on the CPU without gradient, one matrix after the other; [B, s, l] in the dtype of `x`."""
+    cuts = check_restarts(restarts, len(coefficients))
+    batch, s, l = x.shape
+    out = torch.empty_like(x)
+    work = torch.empty(4, s, s)
+    spare = torch.empty(2, s, l) if cuts else None
+    for member in range(batch):
+        _one(x[member].float(), out[member], coefficients, cuts, tight, work, spare)
+    return out
 
-    Rounding leaves R slightly indefinite; the steep early steps amplify a negative eigenvalue at every step until the
-    next restart. Measured (128×512, decaying spectra): half precision survives two steps between restarts, not
-    three; float32 and float64 are at their accuracy with a single restart after step 2, and one more every four.
+
+def _one(
+    x: Tensor,
+    out: Tensor,
+    coefficients: Sequence[Triple],
+    cuts: Sequence[int],
+    tight: bool,
+    work: Tensor,
+    spare: Tensor | None,
+) -> None:
+    """One matrix of `iterate_symmetric`: reads `x`, writes `out`, scratches `work` [4, s, s] and `spare` [2, s, l]."""
+    r, r2, z, t = work.unbind(0)
+    _symmetric_product(x, x.mT, r)
+    energy = float(r.diagonal().sum())  # ‖X‖_F²: no pass over X, and the scale is applied to the s×s side
+    if not 1e-24 < energy < 1e24:
+        scale = unit_scale(x)
+        if not bool(torch.isfinite(scale)) or (energy == 0.0 and not bool(x.any())):
+            out.fill_(0.0 if bool(torch.isfinite(scale)) else float("nan"))
+            return
+        x = x * scale
+        _symmetric_product(x, x.mT, r)
+        energy = float(r.diagonal().sum())
+    r.mul_(1.0 / energy)
+    scale = energy**-0.5
+    for begin, end in zip([0, *cuts], [*cuts, len(coefficients)], strict=True):
+        if begin:
+            _symmetric_product(x, x.mT, r)
+        q: Tensor | None = None
+        for step in range(begin, end):
+            a, b, c = coefficients[step]
+            _symmetric_product(r, r, r2)
+            if step == 0 and tight:
+                bound = float(torch.linalg.vector_norm(r2)) ** 0.25 * 1.0001
+                r.mul_(bound**-2)
+                r2.mul_(bound**-4)
+                scale /= bound
+            torch.mul(r, b, out=z).add_(r2, alpha=c).diagonal().add_(a)
+            last = step == end - 1
+            # r2 is free from here to the next step: it holds the intermediate RZ
+            if not last:
+                _symmetric_product(r, z, r2)
+                _symmetric_product(r2, z, r)
+            if q is None:
+                q, z = z, t  # the buffers trade places: Q keeps what was Z
+            else:
+                _symmetric_product(q, z, r2)
+                q, t, r2 = r2, z, q
+                z = t
+        assert q is not None
+        if begin == 0:
+            q.mul_(scale)
+        if end == len(coefficients) and out.dtype == torch.float32:
+            torch.mm(q, x, out=out)
+        elif end == len(coefficients):
+            out.copy_(q @ x)
+        else:
+            assert spare is not None
+            target = spare[cuts.index(end) % 2]
+            torch.mm(q, x, out=target)
+            x = target
+        r, r2, z, t = work.unbind(0)
+
+
+def _symmetric_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, known to be symmetric: strips on and right of the diagonal, mirrored; 2/3 of the flops with 3 strips."""
+    s = out.shape[0]
+    if s < _STRIP_SIDE:
+        torch.mm(a, b, out=out)
+        return
+    width = -(-s // _STRIPS)
+    for low in range(0, s, width):
+        high = min(low + width, s)
+        torch.mm(a[low:high], b[:, low:], out=out[low:high, low:])
+        if high < s:
+            out[high:, low:high].copy_(out[low:high, high:].mT)
+
+
+def check_restarts(restarts: Sequence[int], steps: int) -> list[int]:
+    """Sorted restarts without repetition; `OptionError` unless each is a step from 1 to steps − 1."""
+    cuts = sorted(set(restarts))
+    if cuts and not (cuts[0] > 0 and cuts[-1] < steps):
+        raise OptionError(f"restarts={list(restarts)}; expected steps between 1 and {steps - 1}")
+    return cuts
+
+
+def gram_restarts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Where the Gram iteration forms X anew: before step 2 and then every second step, every third in float64.
+
+    Rounding leaves R slightly indefinite, and the steep early steps amplify a wrong eigenvalue at every step until the
+    next restart. Measured on decaying and rank-deficient spectra: bf16 explodes with three steps in a row; float32
+    survives five, but with errors up to 0.5, 1e-3 when the restart comes before step 3 and 1e-4 before step 2.
     """
     if dtype in _HALF:
         return tuple(range(2, steps, 2))
     return tuple(range(2, steps, 3))
 
 
-def prefers_gram(s: int, l: int, steps: int) -> bool:
-    """Whether the Gram iteration needs fewer multiplications than the plain loop with restarts every 2 steps."""
-    plain = steps * (4 * s * s * l + 2 * s**3)
-    segments = (steps + 1) // 2
-    gram = segments * 4 * s * s * l + (5 * (steps // 2) + (steps % 2)) * 2 * s**3
-    return gram < 0.95 * plain
+def cheapest_restarts(s: int, l: int, steps: int, dtype: torch.dtype, *, symmetric: bool) -> tuple[int, ...]:
+    """Restarts before every step (the plain iteration) or those of `gram_restarts`, whichever multiplies less."""
+    gram = gram_restarts(steps, dtype)
+    plain = tuple(range(1, steps))
+    return gram if _cost(s, l, steps, gram, symmetric) < 0.97 * _cost(s, l, steps, plain, symmetric) else plain
+
+
+def _cost(s: int, l: int, steps: int, cuts: Sequence[int], symmetric: bool) -> float:
+    """Multiplications, counting a symmetric product as what `_symmetric_product` makes of it."""
+    share = 0.75 if symmetric and s >= _STRIP_SIDE else 1.0
+    total = 0.0
+    for begin, end in zip([0, *cuts], [*cuts, steps], strict=True):
+        # R² every step, Q from the second on, RZ and the next R but for the last
+        squares = (end - begin) + 3 * (end - begin - 1)
+        total += share * (s * s * l + squares * s**3) + s * s * l
+    return total
+
+
+def float32_is_fastest() -> bool:
+    """Whether float32 products outrun bfloat16 ones on this CPU.
+
+    Without a matrix unit (AMX) they do on current Intel cores, where AVX512-BF16 runs at half the float32 rate, and
+    emulated bfloat16 is slower still. Decided by capability, not by timing, so that results repeat.
+    """
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return not (probe is not None and probe())
+
+
+def loops_in_cache(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `iterate_symmetric` may and should take [B, s, l]: CPU, float32, no gradient, matrices not tiny."""
+    if x.device.type != "cpu" or dtype != torch.float32 or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return x.shape[-2] >= _LOOP_SIDE or x.shape[0] == 1

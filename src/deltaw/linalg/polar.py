@@ -14,7 +14,15 @@ from torch import Tensor
 from deltaw.errors import unknown_name
 from deltaw.linalg._checks import require_finite, require_matrix, working_dtype
 from deltaw.linalg.coefficients import Triple, resolve_coefficients
-from deltaw.linalg.newton_schulz import gram_iterate, iterate, plan_restarts, prefers_gram, unit_scale
+from deltaw.linalg.newton_schulz import (
+    cheapest_restarts,
+    float32_is_fastest,
+    gram_restarts,
+    iterate,
+    iterate_symmetric,
+    loops_in_cache,
+    unit_scale,
+)
 
 METHODS = ("auto", "newton-schulz", "polar-express", "gram-newton-schulz", "exact")
 _HALF = (torch.bfloat16, torch.float16)
@@ -37,12 +45,15 @@ def orthogonalize(
             `jordan` steps of Muon. `"polar-express"`: the same with the optimal coefficients of arXiv:2505.16932
             (5 steps in half precision, 8 otherwise). `"gram-newton-schulz"`: the same polynomial, iterated on the
             smaller Gram matrix with restarts. `"exact"`: SVD; singular values below rounding count as zero.
-            `"auto"`: in half precision four optimal steps, on the Gram matrix where the shape makes that
-            cheaper; otherwise eight `polar-express` steps (exact to rounding for σ >= 1e-3 of the norm).
+            `"auto"`: in half precision (`x` or `dtype` is) five steps optimal for σ >= 1.5e-3, otherwise eight
+            `polar-express` steps (σ >= 1e-3 to about 1e-6 of one); after a tighter normalisation than the Frobenius
+            norm, on the Gram matrix where the shape makes that cheaper. On a CPU whose float32 products are faster
+            than its half-precision ones, "half" is computed in float32: never less accurate, and twice as fast.
         steps: number of polynomial steps; None takes the default of the method.
-        dtype: dtype to compute in; None takes that of `x`. The norm is always taken in float32 or wider.
+        dtype: dtype to compute in; None takes that of `x`. The norm is always taken in float32 or wider. With
+            `"auto"` half precision means "this is enough", see there: Muon passes `torch.bfloat16`.
         coefficients: the name of a set in `COEFFICIENT_SETS`, or one (a, b, c) a step; None takes the method's.
-        restarts: Gram iteration only: the steps (0-based) before which X is formed anew. None chooses them for
+        restarts: the steps (counted from 0) before which the Gram iteration forms X anew. None chooses them for
             the dtype: half precision needs one every second step, else rounding makes the iteration explode.
 
     Returns:
@@ -69,24 +80,37 @@ def orthogonalize(
     compute = dtype or x.dtype
     if method == "exact":
         return _exact(x, compute)
+    flat = x.reshape(-1, m, n)
+    if min(m, n) == 1:
+        wide = flat.to(working_dtype(x.dtype))
+        return (wide * unit_scale(wide)).to(x.dtype).view_as(x)
+
     half = compute in _HALF
     default = {"newton-schulz": "jordan", "polar-express": "polar-express"}.get(
         method, "fast" if half else "polar-express"
     )
     if steps is None and (coefficients is None or isinstance(coefficients, str)):
-        steps = {"jordan": 5, "fast": None}.get(coefficients or default, 5 if half else 8)
-    triples = resolve_coefficients(coefficients, steps, default, safety=1.01 if half else 1.0)
+        steps = 5 if half or (coefficients or default) == "jordan" else 8
+    if half and method == "auto" and x.device.type == "cpu" and float32_is_fastest():
+        compute = torch.float32  # asked for no more than half precision; wider is faster here
+    # rounding in half precision may push a singular value above the interval a step was made for
+    triples = resolve_coefficients(coefficients, steps, default, safety=1.01 if compute in _HALF else 1.0)
+    tight = method == "auto" and coefficients is None
 
-    flat = x.reshape(-1, m, n)
-    if min(m, n) == 1:
-        wide = flat.to(working_dtype(x.dtype))
-        return (wide * unit_scale(wide)).to(x.dtype).view_as(x)
-    short_first = flat if m <= n else flat.mT
-    if method == "gram-newton-schulz" or (method == "auto" and prefers_gram(*short_first.shape[-2:], len(triples))):
-        positions = plan_restarts(len(triples), compute) if restarts is None else tuple(restarts)
-        out = gram_iterate(short_first, triples, positions, compute)
+    short = flat if m <= n else flat.mT
+    loop = loops_in_cache(short, compute)
+    if restarts is not None:
+        positions = tuple(restarts)
+    elif method == "gram-newton-schulz":
+        positions = gram_restarts(len(triples), compute)
+    elif method == "auto":
+        positions = cheapest_restarts(*short.shape[-2:], len(triples), compute, symmetric=loop)
     else:
-        out = iterate(short_first, triples, compute)
+        positions = tuple(range(1, len(triples)))
+    if loop:
+        out = iterate_symmetric(short, triples, positions, tight=tight)
+    else:
+        out = iterate(short, triples, positions, compute, tight=tight)
     return (out if m <= n else out.mT).to(x.dtype).reshape(x.shape)
 
 
