@@ -64,7 +64,7 @@ def select_sites(
         chosen |= found
     for pattern in _listed(exclude):
         dropped = {s.name for s in weights if matches(s, pattern)}
-        if not dropped:
+        if not dropped and pattern.removeprefix("role:") not in ROLES:  # a model without such a role is no mistake
             raise _nothing(pattern, weights, "exclude")
         chosen -= dropped
     if not chosen:

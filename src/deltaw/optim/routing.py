@@ -175,7 +175,7 @@ def _route(
         as_matrix = wanted and chain.needs_matrices
         name = main if as_matrix or not chain.needs_matrices else "adamw"
         defaults = probe.chain_defaults[name]
-        view = (site.kind, site.layout, site.split) if as_matrix else None
+        view = (site.kind, site.layout, site.split, *([True] if site.interleaved else [])) if as_matrix else None
         read = matrix_site(site.name, site.shape, view) if view else None
         decays = site.role not in _NO_DECAY
         entries.append(

@@ -1,7 +1,7 @@
 """How a parameter reads as matrices: plain, transposed (Conv1D), flattened (conv), split (fused), stacked (experts).
 
 A view is plain data, (kind, layout, split) as in `deltaw.models.Site`, so that it can stand in `param_groups`
-and in a checkpoint.
+and in a checkpoint. A fourth entry True says that the blocks of `split` alternate row by row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaw.errors import OptionError
 from deltaw.models import Site
 
-View = tuple[str, str, tuple[int, ...]]
+View = tuple[Any, ...]
 KINDS = ("linear", "conv1d", "conv", "expert-stack")
 
 
@@ -42,14 +42,14 @@ def default_view(p: Tensor, name: str) -> View:
 def matrix_site(name: str, shape: tuple[int, ...], view: Any) -> Site:
     """The Site that turns tensors of this stored shape into matrices. Raises OptionError on a view that cannot fit."""
     try:
-        kind, layout, split = view
+        kind, layout, split, interleaved = view if len(view) == 4 else (*view, False)
         split = tuple(int(rows) for rows in split)
     except (TypeError, ValueError):
         raise OptionError(
             f"view {view!r} of {name!r}; expected (kind, layout, split), e.g. ('linear', 'out_in', ())"
         ) from None
     module, _, parameter = name.rpartition(".")
-    site = Site(module, parameter, kind, "linear", shape, layout=layout, split=split)
+    site = Site(module, parameter, kind, "linear", shape, layout=layout, split=split, interleaved=bool(interleaved))
     least = {"linear": 2, "conv1d": 2, "conv": 3, "expert-stack": 3}.get(kind)
     exact = kind != "conv"
     if least is None or layout not in ("out_in", "in_out"):
