@@ -31,7 +31,10 @@ def layer_of(weight, x=None, bias=None):
 def problem():
     g = torch.Generator().manual_seed(0)
     w = torch.randn(7, 10, generator=g, dtype=torch.float64)
-    x = torch.randn(50, 10, generator=g, dtype=torch.float64) @ torch.randn(10, 10, generator=g, dtype=torch.float64) + 2
+    x = (
+        torch.randn(50, 10, generator=g, dtype=torch.float64) @ torch.randn(10, 10, generator=g, dtype=torch.float64)
+        + 2
+    )
     b = torch.randn(7, generator=g, dtype=torch.float64)
     return w, x, b
 

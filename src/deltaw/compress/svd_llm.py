@@ -9,7 +9,7 @@ R = U_rᵀ W [r, n]: no inverse, hence nothing to fail on a rank-deficient H (th
 passes). Directions that no calibration token excites are ordered by the weight alone, through `damping`.
 
 `local_update=True` is the paper's second step: block after block, with the inputs x̃ of the model whose earlier layers
-are compressed already, L is fitted again to W x̃ by least squares, L* = W H̃ Rᵀ (R H̃ Rᵀ)⁻¹ (eq. 7).
+are compressed already, L is fitted again to W x̃ by least squares, L* = W H̃ Rᵀ (R H̃ Rᵀ)⁻¹.
 Cost: H is n x n per distinct input; one eigendecomposition O(n³) and one SVD.
 """
 
