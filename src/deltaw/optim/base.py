@@ -129,7 +129,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         self._owned: list[list[Tensor]] = []  # the parameters that state was made for, by group and position
         self._plan = _Plan()
-        super().__init__(list(params), {**self.chain_defaults[self.main], "maximize": bool(maximize)})
+        params = [params] if isinstance(params, Tensor) else list(params)
+        super().__init__(params or [{"params": []}], {**self.chain_defaults[self.main], "maximize": bool(maximize)})
 
     # -- groups and state ---------------------------------------------------------------------------------------
 

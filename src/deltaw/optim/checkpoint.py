@@ -27,8 +27,11 @@ def load(optimizer: MatrixOptimizer, state_dict: dict[str, Any], torch_load: Cal
     def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
         check_saved(optimizer, given)
         saved.update(given)
-        own = [{k: g[k] for k in ("views", "param_names", "chain") if k in g} for g in optimizer.param_groups]
-        groups = [{**theirs, **ours} for theirs, ours in zip(given["param_groups"], own, strict=True)]
+        groups = []
+        for theirs, ours in zip(given["param_groups"], optimizer.param_groups, strict=True):
+            own = {k: v for k, v in ours.items() if k != "params"}  # where the saved group lacks an option
+            fixed = {k: own[k] for k in ("views", "param_names", "chain") if k in own}
+            groups.append({**own, **theirs, **fixed})
         return {"state": {}, "param_groups": groups}
 
     def put(_: Any) -> None:
