@@ -71,7 +71,8 @@ def encode(
     common = Counter((c["r"], c.get("lora_alpha")) for c in own.values()).most_common(1)[0][0]
     config = next(c for c in own.values() if (c["r"], c.get("lora_alpha")) == common)
     config = common_config(root, [s.module for s, _ in pairs]) | config | {"peft_type": pairs[0][1].peft_type}
-    config["fan_in_fan_out"] = any(s.kind == "conv1d" for s, _ in pairs)
+    if any(s.kind == "conv1d" for s, _ in pairs):
+        config["fan_in_fan_out"] = True
     if pairs[0][1].peft_type == "LORA":
         config["rank_pattern"] = {m: c["r"] for m, c in own.items() if c["r"] != config["r"]}
         config["alpha_pattern"] = {
@@ -92,7 +93,6 @@ def common_config(root: nn.Module, modules: list[str]) -> dict[str, Any]:
         "auto_mapping": None,
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
         "bias": "none",
-        "exclude_modules": None,
         "inference_mode": True,
         "layers_pattern": None,
         "layers_to_transform": None,
