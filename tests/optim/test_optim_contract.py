@@ -352,7 +352,7 @@ def test_huge_finite_gradients_are_not_mistaken_for_infinite_ones():
 
 
 def test_parameter_errors():
-    with pytest.raises(OptionError, match="dtype torch.int64"):
+    with pytest.raises(OptionError, match=r"dtype torch\.int64"):
         AdamW([torch.zeros(3, 3, dtype=torch.int64)])
     with pytest.raises(OptionError, match="not a matrix"):
         Muon([nn.Parameter(torch.tensor(1.0))])
@@ -364,8 +364,8 @@ def test_parameter_errors():
         Muon([])
     with pytest.raises(OptionError, match="group 1 is empty"):
         Muon([{"params": parameters()}, {"params": []}])
+    shared = parameters()
     with pytest.raises(OptionError, match="more than one parameter group"):
-        shared = parameters()
         Muon([{"params": shared}, {"params": shared}])
     with pytest.raises(OptionError, match="several kinds of device"):
         Muon([*parameters(), nn.Parameter(torch.empty(2, 2, device="meta"))])

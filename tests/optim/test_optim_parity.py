@@ -7,9 +7,9 @@ from importlib.metadata import version
 import pytest
 import torch
 from optim_helpers import SHAPES, largest, parameters, run, train
-from tolerances import TOLERANCES
 
 from deltaw.optim import AdamW, Muon, NorMuon
+from tolerances import TOLERANCES
 
 pytestmark = pytest.mark.parity
 WIDE = [*SHAPES, (64, 96), (96, 64)]

@@ -95,7 +95,7 @@ def test_conv_kernels_are_flattened():
 
 
 def test_expert_stacks_are_batches():
-    _views_case(("expert-stack", "out_in", ()), (3, 5, 4), lambda x: list(x), (3, 5, 4))
+    _views_case(("expert-stack", "out_in", ()), (3, 5, 4), list, (3, 5, 4))
 
 
 def test_fused_transposed_expert_stacks():
