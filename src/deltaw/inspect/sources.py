@@ -53,7 +53,7 @@ def open_source(model: Model, stack: ExitStack, label: str) -> Source:
     config: dict[str, Any] | None = checkpoint.config
     if config and "deltaw_factored" in config:
         raise CheckpointError(f"{path} is a factored model; inspect its dense form (save_compressed(…, dense=True))")
-    shapes = {k: checkpoint.shape(k) for k in checkpoint.keys()}  # noqa: SIM118
+    shapes = {k: checkpoint.shape(k) for k in sorted(checkpoint.keys(), key=_in_model_order)}
     config = config or _guess_config(shapes)
     sites = [site_from_name(k, shape, config) for k, shape in shapes.items()]
     return Source(str(model), tuple(sites), lambda name: checkpoint.get(name, copy=False))
@@ -127,6 +127,11 @@ def _counterpart(name: str, known: Mapping[str, Site], tails: Mapping[str, list[
         return shorter
     longer = tails.get(name, [])
     return longer[0] if len(longer) == 1 else None
+
+
+def _in_model_order(name: str) -> list[tuple[int, str]]:
+    """Sort key under which layer 10 comes after layer 2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _guess_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
