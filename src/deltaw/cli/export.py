@@ -44,11 +44,11 @@ def folded(adapter: Adapter, out: Out, base: Base = None, as_json: Json = False)
 
     from deltaw.adapters import fold
     from deltaw.models import atomic_folder, load_tokenizer
-    from deltaw.train import load
+    from deltaw.train import load, save_model
 
     net = fold(load(adapter, base=base))
     with atomic_folder(out) as partial:
-        net.save_pretrained(partial)
+        save_model(net, partial)
         if any(Path(adapter).glob("tokenizer*")):
             load_tokenizer(adapter).save_pretrained(partial)
     if as_json:

@@ -5,7 +5,7 @@ from deltaw.models.checkpoint import Checkpoint, open_checkpoint
 from deltaw.models.factored import FactoredLinear, factored_ranks, install_factored, load_factored, save_factored
 from deltaw.models.folders import atomic_folder, disk_errors
 from deltaw.models.names import site_from_name
-from deltaw.models.pretrained import PACKAGED, TASKS, load_pretrained, load_tokenizer, packaged_model
+from deltaw.models.pretrained import PACKAGED, TASKS, load_pretrained, load_tokenizer, packaged_model, quiet
 from deltaw.models.roles import MATRIX_ROLES, ROLES, qkv_split
 from deltaw.models.selection import find_sites, inventory, select_sites
 from deltaw.models.sites import Site, get_parameter, tied_groups
@@ -36,6 +36,7 @@ __all__ = [
     "open_checkpoint",
     "packaged_model",
     "qkv_split",
+    "quiet",
     "save_factored",
     "select_sites",
     "site_from_name",

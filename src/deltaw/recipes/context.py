@@ -14,7 +14,7 @@ from deltaw.errors import OptionError, unknown_name
 from deltaw.models import load_pretrained, load_tokenizer
 from deltaw.recipes.cells import Cell, Cells, fingerprint
 from deltaw.recipes.schema import Recipe
-from deltaw.train import TaskData, evaluate
+from deltaw.train import TaskData, evaluate, save_model
 
 #: label names of the rated domains, in order
 LABELS = ["negative", "positive"]
@@ -74,7 +74,7 @@ class Context:
                 id2label=dict(enumerate(LABELS)),
                 label2id={n: i for i, n in enumerate(LABELS)},
             )
-            net.save_pretrained(folder)  # type: ignore[operator]
+            save_model(net, folder)
             self.tokenizer.save_pretrained(folder)
             return {"params": sum(p.numel() for p in net.parameters())}
 

@@ -4,7 +4,17 @@ from deltaw.train.data import TaskData, load_data
 from deltaw.train.evaluate import Evaluation, class_logits, evaluate
 from deltaw.train.load import load, read_record
 from deltaw.train.probe import Probe, fit_probe, mean_pooled_features
-from deltaw.train.run import PLAIN, RECORD, TrainedModel, check_method, count_trainable, head_sites, prepare, train
+from deltaw.train.run import (
+    PLAIN,
+    RECORD,
+    TrainedModel,
+    check_method,
+    count_trainable,
+    head_sites,
+    prepare,
+    save_model,
+    train,
+)
 from deltaw.train.tokenise import batches, collator, tokenise
 from deltaw.train.trainer import TrainOptions, TrainResult, train_model
 
@@ -30,6 +40,7 @@ __all__ = [
     "mean_pooled_features",
     "prepare",
     "read_record",
+    "save_model",
     "tokenise",
     "train",
     "train_model",

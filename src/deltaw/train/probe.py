@@ -67,14 +67,14 @@ def mean_pooled_features(
 
 
 def fit_logistic(
-    features: Tensor, labels: Tensor, classes: int, strength: float, iterations: int = 200
+    features: Tensor, labels: Tensor, classes: int, strength: float, iterations: int = 300
 ) -> tuple[Tensor, Tensor]:
     """Minimise `C · Σ cross-entropy + ½‖weight‖²` by L-BFGS in float64; the bias is not penalised."""
     x, y = features.double(), labels
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=iterations, tolerance_grad=1e-8, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
     scale = 1 / (strength * len(y))
 

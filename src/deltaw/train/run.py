@@ -13,7 +13,16 @@ from torch import nn
 
 from deltaw import catalogue
 from deltaw.errors import OptionError, unknown_name
-from deltaw.models import MATRIX_ROLES, Site, atomic_folder, get_parameter, inventory, load_pretrained, load_tokenizer
+from deltaw.models import (
+    MATRIX_ROLES,
+    Site,
+    atomic_folder,
+    get_parameter,
+    inventory,
+    load_pretrained,
+    load_tokenizer,
+    quiet,
+)
 from deltaw.train.data import TaskData, load_data
 from deltaw.train.evaluate import Evaluation, evaluate
 from deltaw.train.trainer import TrainOptions, TrainResult, train_model
@@ -222,10 +231,16 @@ def save(trained: TrainedModel, out: str | Path, overwrite: bool = False) -> Pat
 
             save_adapter(trained.model, partial)
         else:
-            trained.model.save_pretrained(partial)  # type: ignore[operator]
+            save_model(trained.model, partial)
         trained.tokenizer.save_pretrained(partial)
         (Path(partial) / RECORD).write_text(json.dumps(trained.record, indent=1) + "\n", encoding="utf-8")
     return Path(out)
+
+
+def save_model(net: nn.Module, folder: str | Path) -> None:
+    """`save_pretrained` without transformers' own progress bars."""
+    with quiet():
+        net.save_pretrained(folder)  # type: ignore[operator]
 
 
 def _main_process() -> bool:
