@@ -9,4 +9,6 @@ TOLERANCES: dict[str, tuple[float, str]] = {
     "normuon/pytorch_optimizer": (2e-3, "bfloat16 products as for Muon; the peer batches its own way"),
     "optim/closed-form": (1e-12, "float64 with an SVD on both sides"),
     "adapters-peft": (1e-5, "float32 outputs and gradients of the same formula in another order of products"),
+    "compress-svd": (1e-10, "float64 on both sides; an iterative eigensolver against LAPACK"),
+    "inspect-repair": (1e-5, "the peer keeps its factors in float32 between its two decompositions"),
 }

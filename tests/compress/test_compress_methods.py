@@ -10,6 +10,7 @@ from deltaw.compress import LORD, SVD, SVDLLM, Decomposition, Layer
 from deltaw.errors import DataError, NonFiniteError, OptionError
 from deltaw.linalg import weighted_svd
 from deltaw.models import capture, find_sites
+from tolerances import TOLERANCES
 
 
 def layer_of(weight, x=None, bias=None):
@@ -77,7 +78,7 @@ def test_svd_equals_scikit_learn(problem, evidence):
     peer = decomposition.TruncatedSVD(3, algorithm="arpack").fit(w.numpy())
     theirs = torch.from_numpy(peer.transform(w.numpy()) @ peer.components_)
     error = float((product(SVD(), layer_of(w), 3)[0] - theirs).abs().max())
-    assert error < 1e-10
+    assert error < TOLERANCES["compress-svd"][0]
     evidence("svd", kind="parity", peer=f"scikit-learn {sklearn.__version__}", error=error)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from deltaw.errors import DataError, NonFiniteError, OptionError
 from deltaw.inspect import RankMe, intruder, rankme, repair_intruders, repair_lora
 from deltaw.linalg import random_orthonormal
+from tolerances import TOLERANCES
 
 
 def example():
@@ -28,7 +29,7 @@ def matrix(m, n, seed):
 def test_the_example_of_the_sheet(evidence):
     base, tuned = example()
     found = intruder(base, tuned)
-    assert int(found.count) == 1
+    assert int(found.number) == 1
     assert bool(found.mask[0])
     # the definition, once more and by hand
     u = torch.linalg.eigh(tuned).eigenvectors.flip(-1)
@@ -42,8 +43,8 @@ def test_the_example_of_the_sheet(evidence):
 def test_unchanged_and_strengthened_weights_have_none():
     w = matrix(12, 8, 0)
     u, _, vh = torch.linalg.svd(w, full_matrices=False)
-    assert int(intruder(w, w).count) == 0
-    assert int(intruder(w, w + 7 * torch.outer(u[:, 0], vh[0]), epsilon=0.999).count) == 0
+    assert int(intruder(w, w).number) == 0
+    assert int(intruder(w, w + 7 * torch.outer(u[:, 0], vh[0]), epsilon=0.999).number) == 0
     assert torch.allclose(intruder(w, w).cosines, torch.ones(8, dtype=torch.float64))
     assert torch.equal(repair_intruders(w, w), w)
 
@@ -56,7 +57,7 @@ def test_invariance_to_sign_and_right_rotation(m, n, seed):
     q = random_orthonormal(n, n, torch.Generator().manual_seed(seed), torch.float64)
     b = intruder(-base @ q, -tuned @ q, epsilon=0.7)
     assert torch.allclose(a.cosines, b.cosines, atol=1e-6)
-    assert bool((a.count <= intruder(base, tuned, epsilon=0.9).count).all())
+    assert bool((a.number <= intruder(base, tuned, epsilon=0.9).number).all())
 
 
 @settings(max_examples=15, deadline=None)
@@ -71,17 +72,17 @@ def test_batches_and_zero_matrices():
     base, tuned = matrix(6, 5, 1), matrix(6, 5, 2)
     both = intruder(torch.stack([base, base]), torch.stack([tuned, base]), top_k=4)
     assert torch.allclose(both.cosines[0], intruder(base, tuned, top_k=4).cosines)
-    assert both.count.tolist() == [int(intruder(base, tuned, top_k=4).count), 0]
-    assert int(intruder(base, torch.zeros_like(base)).count) == 0
-    assert int(intruder(torch.zeros_like(base), base).count) == 5  # nothing to resemble
+    assert both.number.tolist() == [int(intruder(base, tuned, top_k=4).number), 0]
+    assert int(intruder(base, torch.zeros_like(base)).number) == 0
+    assert int(intruder(torch.zeros_like(base), base).number) == 5  # nothing to resemble
 
 
 def test_equal_singular_values_are_compared_as_a_subspace():
     """W₀ = I: any vector is a singular vector of it, but an SVD names only one basis."""
     base = torch.eye(6, dtype=torch.float64)
     tuned = base + 3 * torch.ones(6, 6, dtype=torch.float64) / 6
-    assert int(intruder(base, tuned, epsilon=0.5).count) >= 1
-    assert int(intruder(base, tuned, epsilon=0.5, degeneracy=0.01).count) == 0
+    assert int(intruder(base, tuned, epsilon=0.5).number) >= 1
+    assert int(intruder(base, tuned, epsilon=0.5, degeneracy=0.01).number) == 0
 
 
 def test_repair_scales_the_intruder_alone():
@@ -116,7 +117,7 @@ def test_repair_equals_peft(evidence):
         assert changed == (i == 0)
         theirs = layer.lora_B["intruder_reduced"].weight.data @ layer.lora_A["intruder_reduced"].weight.data
         error = float((ours[1] @ ours[0] - theirs.double()).abs().max() / theirs.abs().max())
-        assert error < 1e-5
+        assert error < TOLERANCES["inspect-repair"][0]
         evidence("intruder", kind="parity", peer=f"peft {peft.__version__}", error=error)
 
 

@@ -43,10 +43,11 @@ class Layer:
         weight = get_parameter(model, site).detach()
         device = weight.device if weight.device.type != "mps" else torch.device("cpu")  # mps has no float64
         bias = getattr(model.get_submodule(site.module), "bias", None)
-        read = [None if t is None else t.detach().to(device, torch.float64) for t in (site.as_matrix(weight), bias)]
-        if not all(bool(torch.isfinite(t).all()) for t in read if t is not None):
+        wide = site.as_matrix(weight).to(device, torch.float64)
+        bias = None if bias is None else bias.detach().to(device, torch.float64)
+        if not all(bool(torch.isfinite(t).all()) for t in (wide, bias) if t is not None):
             raise NonFiniteError(f"{site.name!r} (or its bias) holds NaN or infinity; it cannot be compressed")
-        return cls(site, read[0], read[1], stats)
+        return cls(site, wide, bias, stats)
 
     @property
     def full_rank(self) -> int:

@@ -250,7 +250,7 @@ def _install(
                 stats = capture(model, block, calibration, tuple(sorted(compressor.refit_needs)), max_bytes, forward)
                 for site in block:
                     f = made[site.name]
-                    wide = Factors(*(None if t is None else t.double() for t in (f.left, f.right, f.bias)))
+                    wide = Factors(f.left.double(), f.right.double(), None if f.bias is None else f.bias.double())
                     made[site.name] = _cast(compressor.refit(Layer.of(model, site, stats), wide), model, site)
                 _tell(progress, "refit", i + 1, len(blocks))
             install_factored(

@@ -11,6 +11,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deltaw.errors import OptionError
 
@@ -92,9 +93,9 @@ def _uniform(menus: Sequence[Menu], ratio: float, budget: int) -> list[int | Non
         picks.append(max(fitting - 1, 0) if m.costs else None)
     spent = sum(m.cost(p) for m, p in zip(menus, picks, strict=True))
     while spent > budget:  # layers that cannot go below their smallest choice overdraw: the largest others pay
-        i = max((i for i, p in enumerate(picks) if p), key=lambda i: menus[i].cost(picks[i]) / menus[i].dense)
-        spent -= menus[i].cost(picks[i]) - menus[i].cost(picks[i] - 1)
-        picks[i] -= 1
+        _, i, p = max((menus[i].cost(p) / menus[i].dense, i, p) for i, p in enumerate(picks) if p)
+        spent -= menus[i].cost(p) - menus[i].cost(p - 1)
+        picks[i] = p - 1
     _spend(menus, picks, budget - spent, lambda i, p, step: menus[i].cost(p) / menus[i].dense)
     return picks
 
@@ -147,9 +148,11 @@ def _hull(menu: Menu) -> list[tuple[int, int | None, float]]:
     """Corners of the lower convex hull of (cost, error): (from, to, decrease of error per parameter)."""
     if not menu.costs:
         return []
-    points = [(c, float(e), i) for i, (c, e) in enumerate(zip(menu.costs, menu.errors or (), strict=True))]
+    points: list[tuple[int, float, Any]] = [
+        (c, float(e), i) for i, (c, e) in enumerate(zip(menu.costs, menu.errors or (), strict=True))
+    ]
     points.append((menu.dense, 0.0, None))
-    hull: list[tuple[int, float, int | None]] = []
+    hull: list[tuple[int, float, Any]] = []
     for x, y, i in points:
         while len(hull) > 1:
             (x0, y0, _), (x1, y1, _) = hull[-2:]

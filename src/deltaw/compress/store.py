@@ -30,7 +30,7 @@ def save_compressed(
     """
     if not dense:
         return save_factored(model, out, tokenizer, overwrite=overwrite)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise CheckpointError(f"{type(model).__name__} has no transformers config; only such models can be saved here")
     state = dense_state(model)

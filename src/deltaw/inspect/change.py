@@ -66,7 +66,7 @@ def change(
         "share_left": share(left),
         "share_right": share(right),
         "share_both": share(left @ svd.vh[:k].mT),
-        "intruders": int(found.count),
+        "intruders": int(found.number),
         "cosines": found.cosines.tolist(),
         "singular_values": s.tolist(),
         "base_singular_values": svd.s.tolist(),

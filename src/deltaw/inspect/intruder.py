@@ -35,8 +35,8 @@ class Intruders(NamedTuple):
     right: Tensor  #: [..., k, n]
 
     @property
-    def count(self) -> Tensor:
-        """[...]: number of intruders."""
+    def number(self) -> Tensor:
+        """[...]: how many intruders there are."""
         return self.mask.sum(-1)
 
 

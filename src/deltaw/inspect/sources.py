@@ -80,8 +80,12 @@ def pair_up(base: Source, tuned: Source, targets: str | Sequence[str], exclude: 
     tails: dict[str, list[str]] = {}
     for name in known:
         tails.setdefault(name.split(".", 1)[-1], []).append(name)
-    names = {s.name: _counterpart(s.name, known, tails) for s in tuned.sites}
-    shared = [s for s in tuned.sites if names[s.name] is not None]
+    names: dict[str, str] = {}
+    for s in tuned.sites:
+        found = _counterpart(s.name, known, tails)
+        if found is not None:
+            names[s.name] = found
+    shared = [s for s in tuned.sites if s.name in names]
     if not shared:
         raise CheckpointError(
             f"{base.label} and {tuned.label} have no tensor name in common (for example {base.sites[0].name!r} against "
