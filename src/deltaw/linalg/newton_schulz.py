@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deltaw.errors import OptionError
 from deltaw.linalg._checks import working_dtype
+from deltaw.linalg._workers import share_out
 from deltaw.linalg.coefficients import Triple
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -98,10 +99,15 @@ def iterate_symmetric(
     cuts = check_restarts(restarts, len(coefficients))
     batch, s, l = x.shape
     out = torch.empty_like(x)
-    work = torch.empty(4, s, s)
-    spare = torch.empty(2, s, l) if cuts else None
-    for member in range(batch):
-        _one(x[member].float(), out[member], coefficients, cuts, tight, work, spare)
+
+    def walk(members: range) -> None:
+        work = torch.empty(4, s, s, dtype=torch.float32)
+        spare = torch.empty(min(len(cuts), 2), s, l, dtype=torch.float32)
+        for member in members:
+            _one(x[member].float(), out[member], coefficients, cuts, tight, work, spare)
+
+    with torch.no_grad():
+        share_out(batch, walk)
     return out
 
 
@@ -112,9 +118,9 @@ def _one(
     cuts: Sequence[int],
     tight: bool,
     work: Tensor,
-    spare: Tensor | None,
+    spare: Tensor,
 ) -> None:
-    """One matrix of `iterate_symmetric`: reads `x`, writes `out`, scratches `work` [4, s, s] and `spare` [2, s, l]."""
+    """One matrix of `iterate_symmetric`: reads `x`, writes `out`, scratches `work` [4, s, s] and `spare` [0 … 2, s, l]."""
     r, r2, z, t = work.unbind(0)
     _symmetric_product(x, x.mT, r)
     energy = float(r.diagonal().sum())  # ‖X‖_F²: no pass over X, and the scale is applied to the s×s side
@@ -160,7 +166,6 @@ def _one(
         elif end == len(coefficients):
             out.copy_(q @ x)
         else:
-            assert spare is not None
             target = spare[cuts.index(end) % 2]
             torch.mm(q, x, out=target)
             x = target
