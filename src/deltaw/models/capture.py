@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltaw.errors import DataError, NonFiniteError, OptionError, TargetError, unknown_name
 from deltaw.models.rows import matrix_sizes, row_recipe, rows_of
 from deltaw.models.sites import Site
-from deltaw.models.statistics import KINDS, Moments, Statistics, check_kinds
+from deltaw.models.statistics import KINDS, Moments, Statistics, check_kinds, spill
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -50,7 +50,8 @@ def capture(
         batches: dicts (or BatchEncodings) for `model(**batch)`, tuples for `model(*batch)`, or tensors; moved to the
             model's device. Read several times when more than one pass is needed.
         kinds: which moments; means come with the second moments.
-        max_bytes: bound on the memory of the accumulators; more is done in further passes over the batches.
+        max_bytes: bound on the memory of the accumulators. What does not fit is done in further passes over the
+            batches, and the moments of finished passes are mapped from a temporary file.
         forward: `forward(model, batch)` in place of the call above. For gradients it returns the loss, or an object
             with `.loss`.
         dtype: of the accumulators, float32 or float64.
@@ -112,6 +113,8 @@ def _capture(
         for (side, name), m in active.items():
             if m.scatter is not None and not bool(torch.isfinite(m.scatter.diagonal()).all()):
                 raise NonFiniteError(f"the {side} second moment of {name!r} overflows {dtype}; use dtype=torch.float64")
+        if len(passes) > 1:
+            spill(active)
         moments.update(active)
     return Statistics(moments, shared)
 

@@ -190,7 +190,8 @@ def refuse_file(path: Path) -> None:
         head = f.read(24)
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    # a safetensors file may begin with the same bytes (a header of 640 bytes), but has its JSON at byte 8
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")) and head[8:9] != b"{":
         raise CheckpointError(f"{path} is a pickle under another name and is refused: " + PICKLE_REASON)
 
 

@@ -68,8 +68,8 @@ def atomic_folder(
                     (partial / RESUME_FILE).write_text(json.dumps(key, indent=1))
         with disk_errors(out, kept=partial if key is not None else None):
             yield partial
-            (partial / RESUME_FILE).unlink(missing_ok=True)
             _publish(partial, out, old, overwrite)
+            (out / RESUME_FILE).unlink(missing_ok=True)  # last, so that a failed rename can still be continued
     except BaseException:
         if key is None:
             shutil.rmtree(partial, ignore_errors=True)

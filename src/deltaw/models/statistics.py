@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -119,11 +120,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
-        path, tensors = Path(path), {}
-        for (side, module), m in self._moments.items():
-            tensors[f"{side}|{module}|mean"] = m.mean.contiguous()
-            if m.scatter is not None:
-                tensors[f"{side}|{module}|scatter"] = m.scatter.contiguous()
+        path, tensors = Path(path), _tensors(self._moments)
         counts = {f"{side}|{module}": m.count for (side, module), m in self._moments.items()}
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +161,32 @@ class Statistics:
         if found.count == 0:
             raise DataError(f"{module!r} saw no token in the captured batches, so it has no {kind}; give more data")
         return found
+
+
+def spill(moments: dict[tuple[str, str], Moments]) -> None:
+    """Move the tensors of finished moments to a temporary file and map them from there, so that memory is free again.
+
+    The mapping outlives the file's name; the system gives the disk space back when the last tensor goes.
+    """
+    with tempfile.TemporaryDirectory(prefix="deltaw-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "moments.safetensors"
+        with disk_errors(path):
+            save_file(_tensors(moments), path)
+        handle = open_safetensors(path)
+        for (side, module), m in moments.items():
+            m.mean = handle.get_tensor(f"{side}|{module}|mean")
+            if m.scatter is not None:
+                m.scatter = handle.get_tensor(f"{side}|{module}|scatter")
+
+
+def _tensors(moments: dict[tuple[str, str], Moments]) -> dict[str, Tensor]:
+    """Names in a file: side|module|mean and side|module|scatter."""
+    tensors = {}
+    for (side, module), m in moments.items():
+        tensors[f"{side}|{module}|mean"] = m.mean.contiguous()
+        if m.scatter is not None:
+            tensors[f"{side}|{module}|scatter"] = m.scatter.contiguous()
+    return tensors
 
 
 def _module(where: str | Site) -> str:
