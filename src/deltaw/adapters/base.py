@@ -207,8 +207,13 @@ class Structure(nn.Module):
         return {}
 
     def bind(self, bases: SharedBases, key: str) -> None:
-        """Take the shared tensors that `bases` holds under `key`."""
+        """Take the shared tensors that `bases` holds under `key` ("method:checksum").
+
+        The checksum joins the state dict, so that a state trained on another basis is refused, not misread.
+        """
         self._shared = (bases, key)
+        number = int(key.rpartition(":")[2][:15], 16)
+        self.register_buffer("basis_checksum", torch.tensor(number, device=next(self.parameters()).device))
 
     # -- the peft file format (methods with a `peft_type`) -----------------------------------------------------------
 
@@ -247,6 +252,14 @@ class Structure(nn.Module):
     def weight(self, base: BaseOp) -> Tensor:
         """W in the dtype of the parameters, detached."""
         return base.dequantize().detach().to(next(self.parameters()).dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        held, found = self._buffers.get("basis_checksum"), state_dict.get(f"{prefix}basis_checksum")
+        if held is not None and found is not None and held.device.type != "meta" and int(held) != int(found):
+            errors.append(
+                f"{prefix}: the state was trained on another shared random basis; adapt with its seed and sites"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return f"{self.m}x{self.n}, rank={self.rank}"
