@@ -1,0 +1,77 @@
+"""Numbers as a reader wants them: fixed decimals, real minus signs, units that fit the size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deltaw.report.statistics import Interval
+
+MINUS = "\u2212"
+NONE = "–"
+
+
+def signed(x: float, decimals: int = 1) -> str:
+    """+1.2, −0.4, 0.0 (no sign on a rounded zero)."""
+    text = f"{abs(x):.{decimals}f}"
+    return text if float(text) == 0 else ("+" if x > 0 else MINUS) + text
+
+
+def percent(x: float) -> str:
+    """An accuracy in [0, 1] as 86.4 (the unit stands in the head of the column)."""
+    return f"{100 * x:.1f}"
+
+
+def bounds(i: Interval, decimals: int = 1, sign: bool = False) -> str:
+    """The ends of an interval: "83.1 to 88.0", or "" where there are none."""
+    if i.low is None or i.high is None:
+        return ""
+    show = signed if sign else lambda x, d: f"{x:.{d}f}".replace("-", MINUS)
+    return f"{show(i.low, decimals)} to {show(i.high, decimals)}"
+
+
+def count(x: float) -> str:
+    """770, 147 k, 10.6 M, 1.2 B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= limit:
+            return f"{x / limit:.3g} {unit}"
+    return f"{x:.0f}"
+
+
+def size(x: float) -> str:
+    """Bytes in decimal units: 45.1 MB."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(x) >= limit:
+            return f"{x / limit:.3g} {unit}"
+    return f"{x:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def number(x: float) -> str:
+    """Three significant digits without an exponent where that is readable."""
+    if x == 0:
+        return "0"
+    text = f"{x:.3g}" if 1e-3 <= abs(x) < 1e4 else (f"{x:,.0f}" if abs(x) >= 1e4 else f"{x:.1e}")
+    return text.replace("-", MINUS)
+
+
+def listing(names: Sequence[str], code: bool = True) -> str:
+    """`a`, `b` and `c`."""
+    shown = [f"`{n}`" if code else n for n in names]
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1] if shown else ""
+
+
+def words(n: int) -> str:
+    """Small numbers in words: two, three … twelve, 13."""
+    names = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    return names[n] if n < len(names) else str(n)
