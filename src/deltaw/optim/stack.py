@@ -159,7 +159,7 @@ def _walk(chunk: Chunk, ctx: Context, states: Any) -> Generator[list[Tensor], li
                 u = t.update_list(u, listed, ctx)
         else:
             if not isinstance(u, Tensor):
-                u = ctx.stack(u, t.stack_dtype(ctx.weights[0].dtype))
+                u = ctx.stack(u, t.stack_dtype(ctx.weights[0]))
             if ctx.mesh is not None and t.sharding == "whole":
                 u = run_whole(t, u, ctx)
                 if i == last:

@@ -64,9 +64,9 @@ class Transform(abc.ABC):
         """The state kept for one matrix of this shape (for an `Elementwise`, of a parameter of any shape)."""
         return {}
 
-    def stack_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which to form the stack for parameters of `dtype`: a cast saved is a pass saved."""
-        return dtype
+    def stack_dtype(self, weight: Tensor) -> torch.dtype:
+        """The dtype in which to form the stack of parameters like `weight`: a cast saved is a pass saved."""
+        return weight.dtype
 
     @abc.abstractmethod
     def update(self, u: Tensor, state: Stacked, ctx: Context) -> Tensor:

@@ -18,7 +18,7 @@ class Orthogonalize(Transform):
     """Replace each matrix by its polar factor UVᵀ: the steepest direction in the spectral norm.
 
     Options as in `deltaw.linalg.orthogonalize`. `dtype` None computes in bfloat16, for float64 parameters in
-    float64; the stack is formed in that dtype, so the cast costs no pass of its own.
+    float64; on accelerators the stack is formed in that dtype, so the cast costs no pass of its own.
     """
 
     method: str = "auto"
@@ -29,16 +29,20 @@ class Orthogonalize(Transform):
     def __post_init__(self) -> None:
         if self.coefficients is not None and not isinstance(self.coefficients, str):
             object.__setattr__(self, "coefficients", tuple(tuple(map(float, c)) for c in self.coefficients))
-        self._polar(torch.eye(2, 2))  # an unknown method or a bad step count shows here, not in the first step
+        self._polar(torch.eye(2), torch.float32)  # an unknown method or a bad step count shows here, not in the first step
 
-    def stack_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self.dtype or (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+    def stack_dtype(self, weight: Tensor) -> torch.dtype:
+        # on the CPU the iteration itself picks the faster of float32 and bfloat16, so nothing is gained by a cast here
+        return weight.dtype if weight.device.type == "cpu" else self._compute(weight.dtype)
 
     def update(self, u: Tensor, state: Stacked, ctx: Context) -> Tensor:
-        return self._polar(u)
+        return self._polar(u, self._compute(ctx.weights[0].dtype))
 
-    def _polar(self, u: Tensor) -> Tensor:
-        return linalg.orthogonalize(u, self.method, self.steps, coefficients=self.coefficients)
+    def _compute(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype or (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+
+    def _polar(self, u: Tensor, dtype: torch.dtype) -> Tensor:
+        return linalg.orthogonalize(u, self.method, self.steps, dtype=dtype, coefficients=self.coefficients)
 
 
 orthogonalize = Orthogonalize
