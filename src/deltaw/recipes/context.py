@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltaw.demo import DOMAINS, Split, domain_split
 from deltaw.errors import OptionError, unknown_name
-from deltaw.models import load_pretrained, load_tokenizer
+from deltaw.models import inventory, load_pretrained, load_tokenizer
 from deltaw.recipes.cells import Cell, Cells, fingerprint
 from deltaw.recipes.schema import Recipe
-from deltaw.train import TaskData, evaluate, save_model
+from deltaw.train import TaskData, classifier_inputs, evaluate, fit_probe, head_sites, save_model
 
 #: label names of the rated domains, in order
 LABELS = ["negative", "positive"]
@@ -74,11 +75,27 @@ class Context:
                 id2label=dict(enumerate(LABELS)),
                 label2id={n: i for i, n in enumerate(LABELS)},
             )
+            if self.recipe.head.init == "probe":
+                self._fit_head(net)
             save_model(net, folder)
             self.tokenizer.save_pretrained(folder)
             return {"params": sum(p.numel() for p in net.parameters())}
 
-        return self.cells.make("base", fingerprint(self.recipe.model, self.recipe.head.model_dump()), work)
+        head = self.recipe.head
+        seen = self.data_key(*self.domains) if head.init == "probe" else []
+        return self.cells.make("base", fingerprint(self.recipe.model, head.model_dump(), seen), work)
+
+    def _fit_head(self, net: nn.Module) -> None:
+        """Set the classifier to the logistic regression over all domains together."""
+        (head,) = [s for s in head_sites(inventory(net)) if s.role == "head"]
+        classifier = net.get_submodule(head.module)
+        examples = [e for d in self.domains for e in self.splits[d].train[: self.recipe.head.sentences]]
+        seen = classifier_inputs(net, classifier, self.tokenizer, examples, max_length=self.recipe.data.max_length)
+        labels = torch.tensor([e["label"] for e in examples])
+        fitted = fit_probe(seen, labels, classes=len(LABELS), grid=(0.01, 0.1, 1.0), folds=3, seed=self.recipe.seed)
+        with torch.no_grad():
+            classifier.weight.copy_(fitted.weight)
+            classifier.bias.copy_(fitted.bias)
 
     def data_key(self, *parts: str) -> list[Any]:
         """The part of a cell's key that says which sentences it saw."""

@@ -30,10 +30,16 @@ class DataPart(_Part):
 
 
 class HeadPart(_Part):
-    """The one head initialisation that all tasks share."""
+    """The one head initialisation that all tasks share.
 
-    init: Literal["random", "base"] = "random"
+    "random": drawn from `seed`. "probe": logistic regression on what the classifier sees of the first `sentences`
+    training sentences of every domain together, with the base as it is (linear probing before fine-tuning,
+    arXiv:2202.10054).
+    """
+
+    init: Literal["random", "probe"] = "random"
     seed: int = 0
+    sentences: Positive = 200
 
 
 class AdaptPart(_Part):

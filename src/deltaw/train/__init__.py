@@ -3,7 +3,7 @@
 from deltaw.train.data import TaskData, load_data
 from deltaw.train.evaluate import Evaluation, class_logits, evaluate
 from deltaw.train.load import load, read_record
-from deltaw.train.probe import Probe, fit_probe, mean_pooled_features
+from deltaw.train.probe import Probe, classifier_inputs, fit_probe, mean_pooled_features
 from deltaw.train.run import (
     PLAIN,
     RECORD,
@@ -30,6 +30,7 @@ __all__ = [
     "batches",
     "check_method",
     "class_logits",
+    "classifier_inputs",
     "collator",
     "count_trainable",
     "evaluate",

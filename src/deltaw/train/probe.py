@@ -66,6 +66,34 @@ def mean_pooled_features(
     return out
 
 
+@torch.no_grad()
+def classifier_inputs(
+    net: nn.Module,
+    classifier: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[dict[str, Any]],
+    *,
+    max_length: int = 128,
+    batch_size: int = 64,
+) -> Tensor:
+    """What the linear layer `classifier` inside `net` is given for each example: [N, features] float32."""
+    rows = tokenise([{"text": e["text"]} for e in examples], tokenizer, "classification", max_length)
+    seen: list[Tensor] = []
+    handle = classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()))
+    training = net.training
+    net.eval()
+    try:
+        order = []
+        for indices, batch in batches(rows, tokenizer, "classification", batch_size):
+            net(**batch.to(next(net.parameters()).device))
+            order += indices
+    finally:
+        handle.remove()
+        net.train(training)
+    found = torch.cat(seen)
+    return found[torch.tensor(order).argsort()]
+
+
 def fit_logistic(
     features: Tensor, labels: Tensor, classes: int, strength: float, iterations: int = 300
 ) -> tuple[Tensor, Tensor]:
