@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +102,7 @@ def _capture(
             size = inn if side == "input" else out
             units.append(_Unit(side, name, size, scatter, size * (size * scatter + 1) * dtype.itemsize))
     passes = _plan(units, max_bytes)
-    length = len(data) if hasattr(data, "__len__") else 0
+    length = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
     moments: dict[tuple[str, str], Moments] = {}
     for i, chosen in enumerate(passes):
         active = {(u.side, u.module): Moments(u.size, u.scatter, dtype, run.device) for u in chosen}

@@ -119,7 +119,7 @@ def install_factored(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tenso
             raise TargetError(
                 f"factors of {name!r} are {tuple(left.shape)} @ {tuple(right.shape)}; expected [{out}, r] @ [r, {inn}]"
             )
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(f"{name}.weight")
         kept = bias if bias is not None else own_bias
         layer = FactoredLinear.from_factors(left, right, None if kept is None else kept.detach())
         layer.to(device=weight.device, dtype=weight.dtype).requires_grad_(weight.requires_grad)
@@ -155,7 +155,7 @@ def save_factored(model: nn.Module, out: str | Path, tokenizer: Any = None, *, o
     Raises:
         CheckpointError: the model has no transformers config, `out` exists, or the disk is full.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise CheckpointError(f"{type(model).__name__} has no transformers config; only such models can be saved here")
     content = {**config.to_dict(), "architectures": [type(model).__name__], CONFIG_KEY: factored_ranks(model)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deltaw.errors import TargetError
 
 
-def matrix_sizes(module: nn.Module, name: str = "") -> tuple[int, int]:
+def matrix_sizes(module: Any, name: str = "") -> tuple[int, int]:
     """(out, in) of a module's matrix."""
     if isinstance(module, nn.modules.conv._ConvNd):
         if module.groups != 1 or module.transposed:

@@ -114,7 +114,7 @@ def apply_rules(sites: Iterable[Site], rules: Mapping[str, Mapping[str, Any]]) -
 
 
 def _changed(site: Site, pattern: str, changes: Mapping[str, Any]) -> Site:
-    values = {k: tuple(v) if k == "split" else v for k, v in changes.items()}
+    values: dict[str, Any] = {k: tuple(v) if k == "split" else v for k, v in changes.items()}
     role = values.get("role", site.role)
     if role != site.role and "split" not in values:
         values["split"], values["interleaved"] = (), False  # blocks of the old role say nothing about the new one

@@ -141,7 +141,7 @@ class _Context:
     """What is known about the whole model while its parameters are classified one by one."""
 
     def __init__(self, model: nn.Module):
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.inputs = _weight_id(model, "get_input_embeddings")
         self.outputs = _weight_id(model, "get_output_embeddings")
