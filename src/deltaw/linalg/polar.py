@@ -104,7 +104,7 @@ def orthogonalize(
     elif method == "gram-newton-schulz":
         positions = gram_restarts(len(triples), compute)
     elif method == "auto":
-        positions = cheapest_restarts(*short.shape[-2:], len(triples), compute, symmetric=loop)
+        positions = cheapest_restarts(min(m, n), max(m, n), len(triples), compute, symmetric=loop)
     else:
         positions = tuple(range(1, len(triples)))
     if loop:
