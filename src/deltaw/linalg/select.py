@@ -14,7 +14,7 @@ from deltaw.errors import OptionError
 
 UPPER_BINS = 1 << 15
 LOWER_BINS = 1 << 16
-_CHUNK = 1 << 22  # numbers counted at a time: the count needs eight bytes for each
+_CHUNK = 1 << 16  # numbers counted at a time: the count takes about 24 bytes for each
 
 
 def magnitude_counts(x: Tensor, upper: int | None = None) -> Tensor:

@@ -18,7 +18,7 @@ float64), are finite and of equal shape, and must not be changed in place: they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -100,7 +100,7 @@ class MatrixMethod(MergeMethod):
 
     def other(self, base: Tensor, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:
         """The merged tensor for biases, norms, embeddings, heads and whatever else is not a hidden matrix."""
-        return base + (self.scale / len(tuned)) * weighted_sum(deltas(base, tuned), ctx.weights)
+        return torch.add(base, weighted_sum(deltas(base, tuned), ctx.weights), alpha=self.scale / len(tuned))
 
 
 class Blocks(Sequence[Tensor]):
@@ -119,23 +119,24 @@ class Blocks(Sequence[Tensor]):
 # -- small parts that many methods share -----------------------------------------------------------------------
 
 
-def deltas(base: Tensor, tuned: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Δ_t = θ_t − θ₀, one at a time, in the accumulation dtype."""
+def deltas(base: Tensor | None, tuned: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Δ_t = θ_t − θ₀, one at a time, in the accumulation dtype. The engine gives a base where `needs_base` says so."""
+    assert base is not None
     return (theta - base for theta in tuned)
 
 
-def weighted_sum(tensors: Iterator[Tensor] | Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ_t w_t x_t, holding one x_t at a time. A weight of exactly 0 or 1 adds no rounding."""
-    total: Tensor | None = None
-    first: Tensor | None = None
-    for x, w in zip(tensors, weights, strict=True):
-        first = x if first is None else first
-        if w != 0:
-            total = (x.clone() if w == 1 else x * w) if total is None else total.add_(x, alpha=w)
+def weighted_sum(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_t w_t x_t, holding one x_t beside the sum. A weight of exactly 0 or 1 adds no rounding."""
+    rest, total, blank = iter(tensors), None, True
+    for w in weights:
+        x = next(rest)
+        if blank:
+            total, blank = x.clone() if w == 1 else x * w, w == 0
+        elif w:
+            total.add_(x, alpha=w)  # type: ignore[union-attr]
+        del x  # before the next one is made
     if total is None:
-        if first is None:
-            raise ValueError("a weighted sum of no tensors")
-        return torch.zeros_like(first)
+        raise ValueError("a weighted sum of no tensors")
     return total
 
 

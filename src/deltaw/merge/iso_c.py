@@ -21,7 +21,7 @@ from deltaw.merge.base import MatrixMethod, TensorContext, check_choice, check_n
     aliases=("iso_c",),
     tags={"spectral", "data-free"},
     peers={"fusion-bench": "ISO_C_Merge"},
-    cost={"passes": "1", "resident": "2"},
+    cost={"passes": "1", "resident": "30"},
 )
 class IsoC(MatrixMethod):
     """θ = θ₀ + α σ̄ U Vᵀ with U S Vᵀ = Σ_t w_t Δ_t and σ̄ the mean of S (section 4.1 of the paper).

@@ -117,7 +117,8 @@ def open_source(what: Any, label: str) -> Source:
             source = FolderSource(what, str(what.folder))
         case nn.Module():
             config = getattr(what, "config", None)
-            source = DictSource(what.state_dict(), label, config.to_dict() if hasattr(config, "to_dict") else None)
+            content = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+            source = DictSource(what.state_dict(), label, content)
         case Mapping():
             source = DictSource(what, label)
         case _:

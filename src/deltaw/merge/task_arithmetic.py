@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from deltaw.catalogue import method
@@ -44,4 +45,4 @@ class TaskArithmetic(MergeMethod):
     def tensor(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:
         assert base is not None
         weights = normalized(ctx.weights) if self.normalize else ctx.weights
-        return base + self.scale * weighted_sum(deltas(base, tuned), weights)
+        return torch.add(base, weighted_sum(deltas(base, tuned), weights), alpha=self.scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from deltaw.merge.base import (
     summary="keep each task's largest changes, elect a sign per entry, average the changes that agree with it",
     tags={"elementwise", "data-free", "sparse"},
     peers={"mergekit": "ties", "peft": "ties", "fusion-bench": "TiesMergingAlgorithm"},
-    cost={"passes": "4 if trim == 'model' else 1", "resident": "T+2"},
+    cost={"passes": "4 if trim == 'model' else 1", "resident": "T+6"},
 )
 class Ties(MergeMethod):
     """θ = θ₀ + λτ, with τ from Δ_t = θ_t − θ₀ in three steps (section 4 of the paper):
@@ -80,25 +80,21 @@ class Ties(MergeMethod):
         return thresholds, 1.0 if votes >= 0 else -1.0
 
     def tensor(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:
-        assert base is not None
-        thresholds, zero_sign = ctx.shared if ctx.shared is not None else (None, 0.0)
+        thresholds, zero_sign = ctx.shared
         kept = self._trimmed(base, tuned, thresholds)
         sign = self._elect(kept, ctx)
-        sign[sign == 0] = zero_sign or (1.0 if self._votes(sign) >= 0 else -1.0)
-        top, weight = torch.zeros_like(base), torch.zeros_like(base)
+        sign.masked_fill_(sign == 0, zero_sign or (1.0 if self._votes(sign) >= 0 else -1.0))
+        top, weight = torch.zeros_like(sign), torch.zeros_like(sign)
         for delta, w in zip(kept, ctx.weights, strict=True):
-            value = delta.mul_(w)
-            agrees = (value.sign() == sign).to(value.dtype)
+            agreeing = delta.mul_(w).mul_(sign).clamp_(min=0)  # |w Δ̂| where the sign agrees, else 0
             if self.combine == "max":
-                top = torch.maximum(top, value.abs() * agrees)
+                torch.maximum(top, agreeing, out=top)
             else:
-                top.addcmul_(value, agrees)
-                weight.add_(agrees, alpha=abs(w))
-        if self.combine == "max":
-            top.mul_(sign)
-        elif self.combine == "mean":
-            top.div_(weight.masked_fill_(weight == 0, 1.0))
-        return base + self.scale * top
+                top.add_(agreeing)
+                weight.add_(agreeing.sign_(), alpha=abs(w))
+        if self.combine == "mean":
+            top.div_(weight.clamp_(min=torch.finfo(weight.dtype).tiny))
+        return top.mul_(sign).mul_(self.scale).add_(base)
 
     def _thresholds(self, scan: Scan) -> list[float]:
         if self.density == 1:
@@ -121,7 +117,7 @@ class Ties(MergeMethod):
             magnitude_of_bins(b, select_bin(counts, rank)[0]) for counts, (b, rank) in zip(lower, bins, strict=True)
         ]
 
-    def _trimmed(self, base: Tensor, tuned: Sequence[Tensor], thresholds: list[float] | None) -> list[Tensor]:
+    def _trimmed(self, base: Tensor | None, tuned: Sequence[Tensor], thresholds: list[float] | None) -> list[Tensor]:
         kept = list(deltas(base, tuned))
         if self.density == 1:
             return kept
@@ -131,8 +127,7 @@ class Ties(MergeMethod):
             else:
                 keep = _keep(self.density, delta.numel())
                 least = kth_magnitude(delta, keep) if keep else math.inf
-            # Thresholds are float32; compare float64 entries as they were counted.
-            delta.masked_fill_(delta.to(torch.float32).abs() < least, 0.0)
+            kept[t] = _at_least(delta, least)
         return kept
 
     @staticmethod
@@ -141,7 +136,15 @@ class Ties(MergeMethod):
 
     @staticmethod
     def _votes(sign: Tensor) -> int:
-        return int((sign > 0).sum()) - int((sign < 0).sum())
+        return int(sign.sum(dtype=torch.int64))
+
+
+def _at_least(x: Tensor, least: float) -> Tensor:
+    """x where |x|, as float32, reaches `least`; 0 elsewhere."""
+    if x.dtype != torch.float32:  # thresholds are float32: compare entries as they were counted
+        return x.masked_fill(x.to(torch.float32).abs() < least, 0.0)
+    below = torch.nextafter(torch.tensor(least), torch.tensor(-math.inf))  # hardshrink keeps |x| > its bound
+    return torch.nn.functional.hardshrink(x, float(below))
 
 
 def _keep(density: float, count: int) -> int:
@@ -149,7 +152,7 @@ def _keep(density: float, count: int) -> int:
     return math.floor(density * count + 1e-6)
 
 
-def _add(results) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _add(results: Iterable[list[Tensor]]) -> list[Tensor]:
     total: list[Tensor] = []
     for counts in results:
         total = [a + b for a, b in zip(total, counts, strict=True)] if total else counts

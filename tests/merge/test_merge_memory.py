@@ -1,0 +1,68 @@
+"""Memory of a merge is bounded by tensors and shards, not by models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import ctypes, sys, threading, time
+import torch
+from pathlib import Path
+from deltaw import catalogue
+from deltaw.merge import merge, plan
+from deltaw.models import CheckpointWriter
+
+folder, method, count, side, layers = Path(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:6])
+catalogue.cards("merge")
+for i in range(count + 1):
+    with CheckpointWriter(folder / f"m{i}", max_shard_bytes=side * side * 4 * (layers // 2)) as writer:
+        for layer in range(layers):
+            g = torch.Generator().manual_seed(1000 * i + layer)
+            writer.write(f"layers.{layer}.mlp.up_proj.weight", torch.randn(side, side, generator=g))
+    del writer
+
+def anonymous():
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+merge({"w": torch.ones(8, 8)}, [{"w": torch.eye(8)}], method)  # warm up the libraries
+ctypes.CDLL(None).malloc_trim(0)  # what writing the models left behind is not to hide what the merge takes
+before, peak, stop = anonymous(), [0], threading.Event()
+def watch():
+    while not stop.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+paths = [folder / f"m{i}" for i in range(count + 1)]
+shard = side * side * 4 * 4
+begin = time.time()
+merge(paths[0], paths[1:], method, folder / "out", max_shard_bytes=shard)
+seconds = time.time() - begin
+stop.set()
+thread.join()
+expected = plan(paths[0], paths[1:], method, max_shard_bytes=shard).peak_bytes
+print(peak[0] - before, expected, (count + 1) * layers * side * side * 4, seconds)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("method", "side"),
+    [
+        ("ties", 512),
+        pytest.param("linear", 1024, marks=pytest.mark.slow),
+        pytest.param("ties", 1024, marks=pytest.mark.slow),
+        pytest.param("iso-c", 512, marks=pytest.mark.slow),
+    ],
+)
+def test_peak_memory_is_what_the_plan_says(method, side, tmp_path):
+    count, layers = 3, 24  # four models in two shards each: 100 MB a model at side 1024, tensors of 4 MB
+    call = [sys.executable, "-c", SCRIPT, str(tmp_path), method, str(count), str(side), str(layers)]
+    out = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    peak, expected, total, _ = map(float, out.split()[-4:])
+    assert peak < expected + 40e6  # thread stacks, library workspaces, what the allocator holds back
+    assert side < 1024 or peak < 0.5 * total
