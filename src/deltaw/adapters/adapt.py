@@ -147,31 +147,31 @@ def install(
         built.append((together, structure))
     if bases is None:
         bases = cls.shared_bases(sites, spec.seed, spec.options)
-    shared = _state(model)["bases"] if _state(model) else SharedBases()
+    shared = (_state(model) or {"bases": SharedBases()})["bases"]
     if bases:
         spec.basis = group_key(cls.card.id, bases)
         shared.add(spec.basis, bases)
     for (site, *_), structure in built:
         if bases:
             structure.bind(shared, spec.basis)
-        weight = get_parameter(model, site).detach()
-        base = DenseBase(site.as_matrix(weight))
+        base = DenseBase(site.as_matrix(get_parameter(model, site).detach()))
         if fill is not None:
             fill(site, structure, base)
-        elif weight.device.type != "meta":
+        elif base.weight.device.type != "meta":
             structure.initialise(base, seeded_generator(spec.seed, cls.card.id, site.name), stats)
         structure.train(model.training)
     # Nothing has touched the model so far; from here on nothing fails.
-    if _state(model) is None:
-        trainable = {n: p.requires_grad for n, p in model.named_parameters()}
-        setattr(model, _STATE, {"specs": {}, "bases": shared, "trainable": trainable})
+    state = _state(model)
+    if state is None:
+        state = {"specs": {}, "bases": shared, "trainable": {n: p.requires_grad for n, p in model.named_parameters()}}
+        setattr(model, _STATE, state)
     for together, structure in built:
         if together[0].tied and tied == "untie":
             _untie(model, together[0])
         for site in together:
             wrap(model.get_submodule(site.module), site).attach(name, site, structure)
             _no_fast_path(model, site)
-    _state(model)["specs"][name] = spec
+    state["specs"][name] = spec
     for p in model.parameters():
         p.requires_grad_(False)
     for _, structure in built:
@@ -210,11 +210,9 @@ def structures(model: nn.Module, name: str = "default") -> dict[str, Structure]:
 
 def penalty(model: nn.Module) -> Tensor | float:
     """The sum of the active structures' own penalties, to add to the loss; 0.0 when there are none."""
-    terms = {}
-    for _, layer in layers(model):
-        for key in layer._active:
-            terms.setdefault(id(layer.structures[key]), layer.structures[key].penalty())
-    return sum((t for t in terms.values() if t is not None), 0.0)
+    active = {id(s): s for _, layer in layers(model) for s in map(layer.at, layer._active)}
+    terms = [t for t in (s.penalty() for s in active.values()) if t is not None]
+    return torch.stack(terms).sum() if terms else 0.0
 
 
 def held(model: nn.Module, name: str) -> list[tuple[Site, Structure]]:
@@ -383,8 +381,9 @@ def _sharing(model: nn.Module, site: Site) -> list[Site]:
 def _untie(model: nn.Module, site: Site) -> None:
     module = model.get_submodule(site.module)
     module._parameters[site.parameter] = nn.Parameter(get_parameter(model, site).detach().clone())
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        model.config.tie_word_embeddings = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
 
 
 def _no_fast_path(model: nn.Module, site: Site) -> None:

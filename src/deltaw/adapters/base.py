@@ -93,6 +93,8 @@ class LazyBase:
 
     def __call__(self) -> Tensor:
         if self.value is None:
+            assert self.base is not None, "a LazyBase has a value, or a base and its input"
+            assert self.x is not None
             self.value = self.base.matmul(self.x)
         return self.value
 
@@ -120,6 +122,7 @@ class Structure(nn.Module):
     peft_type: ClassVar[str] = ""
     peft_prefix: ClassVar[str] = ""
     card: ClassVar[Card]
+    scale: Tensor
 
     def __init__(self, site: Site, *, rank: int | None, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -138,7 +141,7 @@ class Structure(nn.Module):
                 f"rank {rank!r} does not fit {site.name!r} ({self.m} x {self.n}): {method} takes a whole number from "
                 f"1 to {limit}. Choose a smaller rank or exclude this matrix."
             )
-        self.rank = rank
+        self.rank: int = limit if rank is None else rank
         self.dtype = dtype
         #: the constructor's options, as plain data; `adapt` fills it and `save_adapter` writes it
         self.options: dict[str, Any] = {}

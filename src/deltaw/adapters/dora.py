@@ -41,6 +41,7 @@ class DoRA(LoRA):
 
     form = "weight"
     supports = Structure.supports
+    row_norm2: Tensor
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltaw.adapters import peft_format
 from deltaw.adapters.adapt import folded_weights, held, layers, root_of, set_active, specs
 from deltaw.adapters.base import BaseOp, Structure
+from deltaw.adapters.layer import AdaptedLayer
 from deltaw.adapters.lora import to_peft
 from deltaw.errors import OptionError, TargetError
 from deltaw.linalg import truncated_svd
@@ -93,7 +94,7 @@ def export_lora(
             raise TargetError(
                 f"{site.name!r}: a plain LoRA file has no place for a {site.kind}; fold this adapter instead"
             )
-        layer = root.get_submodule(site.module)
+        layer = cast(AdaptedLayer, root.get_submodule(site.module))
         a, b, row = _lora_of(structure, layer.base(site.parameter), site, rank, energy)
         rows.append(row)
         for key, tensor in to_peft(a, b, site).items():
@@ -130,7 +131,7 @@ def save_folded(model: nn.Module, out: str | Path, name: str | None = None, *, o
     `model` itself is left as it is. `name`: this adapter alone; None: the active ones.
     """
     root = root_of(model)
-    before = {layer._slots[k][0]: float(layer.structures[k].scale) for _, layer in layers(root) for k in layer._active}
+    before = {layer._slots[k][0]: float(layer.at(k).scale) for _, layer in layers(root) for k in layer._active}
     try:
         if name is not None:
             set_active(root, {name: 1.0})
@@ -143,7 +144,7 @@ def save_folded(model: nn.Module, out: str | Path, name: str | None = None, *, o
             state[key] = changed.get(id(tensor), tensor).detach()
     with atomic_folder(out, overwrite=overwrite) as folder:
         if hasattr(root, "save_pretrained"):
-            root.save_pretrained(folder, state_dict=state)
+            cast(Any, root).save_pretrained(folder, state_dict=state)
         else:
             unique = {t.data_ptr(): k for k, t in reversed(state.items())}
             save_file({k: state[k].contiguous() for k in unique.values()}, folder / "model.safetensors")

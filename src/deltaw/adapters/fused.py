@@ -169,7 +169,7 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
-            parameters = module.get_submodule(path)._parameters
+            parameters: dict[str, Any] = module.get_submodule(path)._parameters
             held.append((parameters, leaf, parameters[leaf]))
             parameters[leaf] = tensor
         yield

@@ -38,6 +38,8 @@ def save_adapter(
             holds the same parameters, else deltaw's.
         overwrite: replace an existing folder.
 
+    Under `fully_shard` every rank must call this; rank 0 writes.
+
     Returns:
         The folder.
 
@@ -58,7 +60,10 @@ def save_adapter(
     else:
         config, tensors = _encode(root, spec, pairs, extra)
         files = (CONFIG, WEIGHTS)
-    tensors = {k: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+    tensors = {k: _whole(t) for k, t in tensors.items()}
+    if sharded and torch.distributed.get_rank() != 0:  # every rank takes part in gathering, one writes
+        return Path(out)
     with atomic_folder(out, overwrite=overwrite) as folder:
         (folder / files[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, folder / files[1], metadata={"format": "pt"})
@@ -206,12 +211,19 @@ def _decode(model: nn.Module, folder: Path) -> peft_format.LoadPlan:
 def _extra_tensors(root: nn.Module, spec: AdapterSpec, whole_modules: bool) -> dict[str, Tensor]:
     """The parameters trained beside the structures; for peft, all parameters of the modules that hold them."""
     wanted = set(spec.also_train)
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, p in root.named_parameters(remove_duplicate=False):
         inside = whole_modules and any(name.startswith(f"{m}.") for m in spec.also_modules)
         if name in wanted or (inside and ".structures." not in name):
             found[name] = p
     return found
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU; the parts of a sharded tensor are gathered."""
+    found: Any = tensor.detach()
+    full: Tensor = found.full_tensor() if hasattr(found, "full_tensor") else found
+    return full.to("cpu").clone(memory_format=torch.contiguous_format)
 
 
 def _shares(root: nn.Module, pairs: list[tuple[Site, Structure]]) -> bool:

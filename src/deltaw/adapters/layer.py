@@ -7,9 +7,8 @@ the state dict gains only `structures.*`, and taking the structures off restores
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,8 @@ class AdaptedLayer(nn.Module):
     """
 
     structures: nn.ModuleDict
+    bias: Tensor | None
+    original: type[nn.Module]
     _sites: dict[str, Site]  # parameter -> its site
     _slots: dict[str, tuple[str, str]]  # key in `structures` -> (adapter name, parameter)
     _active: tuple[str, ...]  # keys, in the order of application
@@ -54,7 +55,11 @@ class AdaptedLayer(nn.Module):
 
     def held(self, name: str) -> dict[str, Structure]:
         """parameter -> structure of the adapter `name`."""
-        return {p: self.structures[k] for k, (n, p) in self._slots.items() if n == name}
+        return {p: self.at(k) for k, (n, p) in self._slots.items() if n == name}
+
+    def at(self, key: str) -> Structure:
+        """The structure under a key of `structures`."""
+        return cast(Structure, self.structures[key])
 
     def check(self, weights: Mapping[str, float]) -> None:
         """Raise CompositionError when these adapters cannot act together on this layer."""
@@ -80,8 +85,8 @@ class AdaptedLayer(nn.Module):
         """Let exactly these adapters act, with these weights (checked before by `check`)."""
         keys = [k for k, (n, _) in self._slots.items() if n in weights]
         for key in keys:
-            self.structures[key].scale.fill_(weights[self._slots[key][0]])
-        self._active = tuple(sorted(keys, key=lambda k: self.structures[k].form == "additive"))
+            self.at(key).scale.fill_(weights[self._slots[key][0]])
+        self._active = tuple(sorted(keys, key=lambda k: self.at(k).form == "additive"))
 
     def base(self, parameter: str, dtype: torch.dtype | None = None) -> DenseBase:
         """The original weight as structures see it."""
@@ -92,7 +97,7 @@ class AdaptedLayer(nn.Module):
         base, total = self.base(parameter), None
         for key in self._active:
             if self._slots[key][1] == parameter:
-                structure = self.structures[key]
+                structure = self.at(key)
                 change = structure.scale * structure.delta(base)
                 total = change if total is None else total + change
         return total
@@ -112,18 +117,19 @@ class AdaptedLayer(nn.Module):
         base = self.base("weight", flat.dtype)
         y = LazyBase(base, flat)
         for key in self._active:
-            structure = self.structures[key]
+            structure = self.at(key)
             y = LazyBase(value=structure(flat, base, y, structure.scale))
         out = y()
         if self.bias is not None:
             out = out.add_(self.bias.to(out.dtype))  # fresh memory of this layer: no structure returns what it saves
-        return out.view(*x.shape[:-1], out.shape[-1])
+        # as F.linear does: no view in autograd's eyes, so that it may be changed in place and hooked by fully_shard
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
     def _forward_embedding(self, input: Tensor) -> Tensor:
         out = super().forward(input)
         base = self.base("weight")
         for key in self._active:
-            structure = self.structures[key]
+            structure = self.at(key)
             out = out + (structure.scale * structure.rows(input, base)).to(out.dtype)
         return out
 
@@ -175,6 +181,7 @@ def wrap(module: nn.Module, site: Site) -> AdaptedLayer:
     if not isinstance(module, AdaptedLayer):
         cls = type(module)
         module.__class__ = adapted_class(cls)
+        module = cast(AdaptedLayer, module)
         module.structures = nn.ModuleDict()
         module._sites, module._slots, module._active = {}, {}, ()
         module._mode = _mode(cls, module, site)
@@ -195,10 +202,15 @@ def unwrap(module: AdaptedLayer) -> nn.Module:
     return module
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `cls` with structures."""
-    return type(f"Adapted{cls.__name__}", (AdaptedLayer, cls), {"original": cls, "__module__": cls.__module__})
+    """The subclass of `cls` with structures; one for each class."""
+    if cls not in _CLASSES:
+        own = {"original": cls, "__module__": cls.__module__}
+        _CLASSES[cls] = type(f"Adapted{cls.__name__}", (AdaptedLayer, cls), own)
+    return _CLASSES[cls]
 
 
 def slot_key(name: str, parameter: str) -> str:

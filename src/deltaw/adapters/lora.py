@@ -74,9 +74,8 @@ class LoRA(Structure):
 
     def _setup(self, alpha: float | None, scaling: str, dropout: float, recompute: bool) -> None:
         choice("lora", "scaling", scaling, SCALINGS)
-        self.alpha = positive(
-            "lora", "alpha", (self.rank if scaling == "rslora" else 2 * self.rank) if alpha is None else alpha
-        )
+        usual = self.rank if scaling == "rslora" else 2 * self.rank
+        self.alpha = positive("lora", "alpha", usual if alpha is None else alpha)
         self.scaling = scaling
         self.s = self.alpha / (math.sqrt(self.rank) if scaling == "rslora" else self.rank)
         self.dropout = probability("lora", "dropout", dropout)

@@ -43,6 +43,8 @@ class PiSSA(LoRA):
     `recompute`."""
 
     supports = Structure.supports
+    A0: Tensor
+    B0: Tensor
 
     def __init__(
         self,

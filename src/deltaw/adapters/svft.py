@@ -48,6 +48,10 @@ class SVFT(Structure):
     """Options: `rank` (None: the full frames), `pattern`, `bands` (of "banded", and the budget of "random" and
     "topk"), `init` ("zero" or "official"), `mode` ("auto", "input" or "weight")."""
 
+    U: Tensor
+    Vh: Tensor
+    positions: Tensor
+
     def __init__(
         self,
         site: Site,
@@ -70,7 +74,7 @@ class SVFT(Structure):
                 f"svft: pattern 'topk' compares left with right singular vectors and needs a square weight; {site.name!r} "
                 f"is {self.m} x {self.n}. Take 'banded' or 'random', or exclude it."
             )
-        self.top = rank or min(self.m, self.n)
+        self.top = self.rank
         k = 0 if pattern == "plain" else min(bands, self.top - 1)
         size = self.top * (2 * k + 1) - k * (k + 1)
         self.bands = k
