@@ -44,7 +44,7 @@ class NeuronNorm(Transform):
             before = ctx.total(squares.sum(-2, keepdim=True))
             after = ctx.total((squares * factor.square()).sum(-2, keepdim=True))
             factor = factor * (before.sqrt() / (after.sqrt() + self.eps))
-        return u * factor
+        return u.mul_(factor) if u.dtype == factor.dtype else u * factor
 
 
 neuron_norm = NeuronNorm

@@ -29,7 +29,9 @@ class Orthogonalize(Transform):
     def __post_init__(self) -> None:
         if self.coefficients is not None and not isinstance(self.coefficients, str):
             object.__setattr__(self, "coefficients", tuple(tuple(map(float, c)) for c in self.coefficients))
-        self._polar(torch.eye(2), torch.float32)  # an unknown method or a bad step count shows here, not in the first step
+        self._polar(
+            torch.eye(2), torch.float32
+        )  # an unknown method or a bad step count shows here, not in the first step
 
     def stack_dtype(self, weight: Tensor) -> torch.dtype:
         # on the CPU the iteration itself picks the faster of float32 and bfloat16, so nothing is gained by a cast here
