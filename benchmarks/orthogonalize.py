@@ -176,6 +176,14 @@ def main() -> None:
     args = parser.parse_args()
     repeats = 5 if args.quick else args.repeats
 
+    shapes = [(384, 384)] if args.quick else [(384, 384), (1536, 384), (192, 576), (576, 576)]
+    sources = {kind: [spectrum(kind, shape, args.seed) for shape in shapes] for kind in ("Gaussian", "1/k", "1/k²")}
+    if args.momenta:
+        from safetensors.torch import load_file
+
+        sources["recorded momenta"] = list(load_file(args.momenta).values())
+    elif not args.quick:
+        sources["recorded momenta"] = list(record(seed=args.seed).values())
     rows = []
     with torch.no_grad():
         for model, shapes in MODELS.items():
@@ -186,14 +194,6 @@ def main() -> None:
                     totals[key] += count * t[key]
                 rows.append(_row(model, "×".join(map(str, shape)), count, t, t["pair"]))
             rows.append(_row(model, "all", sum(shapes.values()), totals, totals["torch"] / totals["deltaw"]))
-    shapes = [(384, 384)] if args.quick else [(384, 384), (1536, 384), (192, 576), (576, 576)]
-    sources = {kind: [spectrum(kind, shape, args.seed) for shape in shapes] for kind in ("Gaussian", "1/k", "1/k²")}
-    if args.momenta:
-        from safetensors.torch import load_file
-
-        sources["recorded momenta"] = list(load_file(args.momenta).values())
-    elif not args.quick:
-        sources["recorded momenta"] = list(record(seed=args.seed).values())
     with torch.no_grad():
         grades = quality({k: v for k, v in sources.items() if v})
     result = {"seed": args.seed, "repeats": repeats, "machine": machine(), "speed": rows, "quality": grades}
