@@ -165,10 +165,9 @@ def test_a_head_tied_in_some_models_only_is_untied_in_the_output(tmp_path):
     two = folder(tmp_path / "two", 2, config=tied, **{"lm_head.weight": None})
     out = merge(base, [one, two], "task-arithmetic", tmp_path / "out", scale=0.5)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    b, o, t = (tensors(i) for i in range(3))
+    _, o, t = (tensors(i) for i in range(3))
     expected = 0.5 * (o["lm_head.weight"] + t["model.embed_tokens.weight"])
     assert torch.allclose(read(out)["lm_head.weight"], expected, atol=1e-6)
-    assert b
 
 
 # -- kills and resumption --------------------------------------------------------------------------------------
@@ -216,26 +215,14 @@ def test_finished_shards_are_not_computed_again(family, tmp_path, monkeypatch):
         kill_at(patch, 7)
         with pytest.raises(Killed):
             merge(base, tuned, "linear", tmp_path / "out", max_shard_bytes=3000)
-    with open_checkpoint(tmp_path / "out.partial" / "model-00001.safetensors") as shard:
-        done = set(shard)
+    done: set[str] = set()
+    for path in (tmp_path / "out.partial").glob("*.safetensors"):
+        with open_checkpoint(path) as shard:
+            done |= set(shard)
+    assert 0 < len(done) < len(tensors(0))
     seen = []
     merge(base, tuned, "linear", tmp_path / "out", max_shard_bytes=3000, progress=lambda *step: seen.append(step))
-    assert seen[-1][1] == len(tensors(0)) - len(seen_done(done, tmp_path / "out"))
-
-
-def seen_done(first: set[str], out: Path) -> set[str]:
-    """Names in all shards but those computed after the kill: at least those of the first shard."""
-    names = sorted(read(out))
-    written = names[:6]  # the kill came at the seventh
-    kept: set[str] = set()
-    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    for n in written:
-        members = {m for m, f in index.items() if f == index[n]}
-        last = names[6]
-        if last not in members and index[last] != index[n]:
-            kept |= members
-    assert first <= kept
-    return kept
+    assert seen[-1][1] == len(tensors(0)) - len(done)
 
 
 def test_another_recipe_does_not_continue_a_partial_folder(family, tmp_path, monkeypatch):

@@ -83,7 +83,9 @@ class Job:
         card = getattr(type(self.method), "card", None)
         resident = card.evaluate("resident", **values) if card else len(self.models) + 2
         passes = card.evaluate("passes", **values) if card else 1
-        largest = max((r.numel * r.compute.itemsize for r in self.rows), default=0)
+        # Beside what the rule holds, one result waits to be written. Averages and copies hold two more.
+        held = {"merge": resident + 1, "matrix": resident + 1, "tied": 0, "drop": 0}
+        needs = sorted((held.get(r.action, 3) * r.numel * r.compute.itemsize for r in self.rows), reverse=True)
         output = sum(r.output_bytes for r in self.rows)
         return MergePlan(
             self.id,
@@ -91,7 +93,7 @@ class Job:
             self.base.label if self.base else None,
             [m.label for m in self.models],
             self.rows,
-            int((resident + 1) * largest * self.threads + min(max_shard_bytes, output)),
+            int(sum(needs[: self.threads]) + min(max_shard_bytes, output)),
             int(passes * sum(self._stored(r) for r in self.rows)),
         )
 

@@ -80,6 +80,7 @@ class Ties(MergeMethod):
         return thresholds, 1.0 if votes >= 0 else -1.0
 
     def tensor(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:
+        assert base is not None
         thresholds, zero_sign = ctx.shared
         kept = self._trimmed(base, tuned, thresholds)
         sign = self._elect(kept, ctx)
