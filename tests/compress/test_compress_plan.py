@@ -58,7 +58,7 @@ def test_uniform_is_the_floor_formula_with_the_rest_distributed():
 def test_loss_is_close_to_the_best_of_all_plans(spectrum, ratio):
     """Within one step of the optimum that enumeration finds: the greedy's only loss is the last step that does not fit."""
     menus = [ladder(8, 4, spectrum[:4]), ladder(4, 8, spectrum[4:8]), ladder(6, 4, spectrum[8:])]
-    picks = allocate(menus, ratio, "loss")
+    picks = allocate(menus, ratio, "loss", floor=0)
     budget = int(ratio * sum(m.dense for m in menus) + 1e-9)
     options = [[*range(len(m.costs)), None] for m in menus]
     best = min(
@@ -74,10 +74,19 @@ def test_loss_is_close_to_the_best_of_all_plans(spectrum, ratio):
 def test_loss_beats_uniform_where_one_layer_is_easy():
     hard = ladder(40, 40, [1.0] * 40, "hard")
     easy = ladder(40, 40, [1.0] * 4 + [1e-4] * 36, "easy")
-    uniform, loss = allocate([hard, easy], 0.6, "uniform"), allocate([hard, easy], 0.6, "loss")
+    uniform, loss = allocate([hard, easy], 0.6, "uniform"), allocate([hard, easy], 0.6, "loss", floor=0)
     error = lambda picks: sum(m.error(p) for m, p in zip([hard, easy], picks, strict=True))  # noqa: E731
     assert error(loss) < 0.5 * error(uniform)
     assert loss[0] is None  # the hard one is worth keeping whole
+
+
+def test_floor_keeps_every_layer_at_its_part_of_the_uniform_share():
+    hard, easy = ladder(40, 40, [1.0] * 40, "hard"), ladder(40, 40, [1e-3] * 4 + [1e-5] * 36, "easy")
+    ranks = {f: allocate([hard, easy], 0.6, "loss", floor=f)[1] + 1 for f in (0.0, 0.5, 1.0)}
+    assert ranks[0.0] < ranks[0.5] < ranks[1.0]
+    assert ranks[0.5] >= int(0.5 * 0.6 * 40 * 40 / 80)
+    with pytest.raises(OptionError, match="floor"):
+        allocate([hard, easy], 0.6, "loss", floor=1.5)
 
 
 def test_energy_does_not_see_the_scale_of_a_layer():

@@ -108,6 +108,24 @@ class Decomposition:
         return torch.cat([squares, squares.new_zeros(1)])
 
 
+def principal_outputs(weight: Tensor, cov: Tensor, within: Tensor | None = None) -> Decomposition:
+    """Project a layer's outputs on their principal directions: left = E [m, q] orthonormal, right = Eᵀ W [q, n].
+
+    With E_r the leading eigenvectors of the outputs' second moment or covariance, E‖y − E_r E_rᵀ y‖² is the sum of the
+    dropped eigenvalues; the singular values are their roots. No inverse is taken anywhere.
+
+    Args:
+        weight: W [m, n].
+        cov: [m, m]; or [k, k], given in the coordinates of `within`.
+        within: orthonormal basis [m, k] of a space that holds all outputs; for m > n it makes the problem small.
+    """
+    values, vectors = torch.linalg.eigh(cov)
+    kept = min(*weight.shape, cov.shape[-1])
+    values, vectors = values.flip(-1)[:kept].clamp_min(0), vectors.flip(-1)[:, :kept]
+    left = vectors if within is None else within @ vectors
+    return Decomposition(left, left.mT @ weight, values.sqrt())
+
+
 class Compressor:
     """Base of the low-rank methods; a card is set by `@method(family="compress", …)`."""
 

@@ -30,6 +30,7 @@ def compress(
     exclude: str | Sequence[str] = (),
     allocation: str = "uniform",
     *,
+    floor: float = 0.5,
     multiple_of: int = 1,
     rules: Mapping[str, Mapping[str, Any]] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -52,6 +53,7 @@ def compress(
             batches the input moments are captured for every method, so that the report holds output errors.
         targets, exclude, rules: as in `models.find_sites`.
         allocation: "uniform": every layer its share; "energy" and "loss": see `plan.allocate`.
+        floor: least part of its uniform share that a layer keeps under "energy" and "loss".
         multiple_of: ranks are multiples of this (8 or 16 suits GPU kernels).
         forward, max_bytes: passed to `capture`.
         progress: called with (stage, done, total); stages "calibrate", "decompose", "factorise", "refit".
@@ -87,7 +89,7 @@ def compress(
                 ranks = ladders[site.name][: len(menus[i].costs)]
                 menus[i] = Menu(site.name, menus[i].dense, menus[i].costs, [errors[r] for r in ranks], errors[0])
             _tell(progress, "decompose", i + 1, len(sites))
-    picks = allocate(menus, ratio, allocation)
+    picks = allocate(menus, ratio, allocation, floor)
 
     before = _size(model)
     rows, made = [], {}
@@ -113,7 +115,7 @@ def compress(
         rows=rows,
         model_params=(before[0], _size(model)[0]),
         model_bytes=(before[1], _size(model)[1]),
-        options={"multiple_of": multiple_of, **options},
+        options={"multiple_of": multiple_of, "floor": floor, **options},
         tokens=max((stats.count(s) for s in sites if ("input_mean", s) in stats), default=None) if stats else None,
         skipped=skipped,
     )

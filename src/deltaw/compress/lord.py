@@ -8,7 +8,7 @@ are replaced by their projection ("atomic feature mimicking")
 E‖y − ŷ‖² per token is the sum of the dropped eigenvalues of C, the mean of the outputs is kept at every rank, and
 r = m is exact. With `centred=False` the second moment E[y yᵀ] is taken and μ = 0; without a bias that is svd-llm.
 The second bias is a single vector, so a layer without one gains m parameters (counted in the budget).
-Cost: one eigendecomposition O(m³) and the m x m moment of the outputs; no inverse anywhere.
+Cost: the m x m moment of the outputs and one eigendecomposition of the smaller side; no inverse anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from deltaw.catalogue import method
-from deltaw.compress.base import Compressor, Decomposition, Factors, Layer
+from deltaw.compress.base import Compressor, Decomposition, Factors, Layer, principal_outputs
 
 
 @method(
@@ -40,10 +40,13 @@ class LORD(Compressor):
 
     def decompose(self, layer: Layer) -> Decomposition:
         cov = layer.stat("output_cov", centred=self.centred)
-        values, vectors = torch.linalg.eigh(cov)
-        kept = layer.full_rank  # W has no more directions than this
-        values, vectors = values.flip(-1)[:kept].clamp_min(0), vectors.flip(-1)[:, :kept]
-        return Decomposition(vectors, vectors.mT @ layer.weight, values.sqrt())
+        m, n = layer.weight.shape
+        if m <= n + 1:
+            return principal_outputs(layer.weight, cov)
+        # The outputs lie in the span of W's columns and, where no mean is taken off, of the bias.
+        span = [layer.weight] if self.centred or layer.bias is None else [layer.weight, layer.bias[:, None]]
+        basis = torch.linalg.qr(torch.cat(span, 1))[0]
+        return principal_outputs(layer.weight, basis.mT @ cov @ basis, basis)
 
     def factors(self, layer: Layer, decomposition: Decomposition, rank: int) -> Factors:
         left, right = decomposition.left[:, :rank], decomposition.right[:rank]

@@ -69,24 +69,34 @@ def budget_of(menus: Sequence[Menu], ratio: float) -> int:
     return budget
 
 
-def allocate(menus: Sequence[Menu], ratio: float, allocation: str = "uniform") -> list[int | None]:
+def allocate(menus: Sequence[Menu], ratio: float, allocation: str = "uniform", floor: float = 0.5) -> list[int | None]:
     """The choice of every layer (index into its menu, None for dense) under one budget, which is never exceeded.
 
     "uniform" gives every layer the largest choice within its own `ratio * dense` and hands what is left, step by
     step, to the layers furthest below their share. "loss" lowers the sum of squared errors, "energy" the sum of
     squared errors relative to each layer's own scale: from the smallest choices upwards, always the step with the
     largest decrease per parameter. As steps the corners of each layer's lower convex hull are taken, so that a
-    layer whose last step (to dense) pays best is not stopped by the poor steps before it.
+    layer whose last step (to dense) pays best is not stopped by the poor steps before it. As layers are judged one by
+    one while their errors multiply through the network, no layer is starved: "energy" and "loss" start at `floor` of
+    the uniform share of each (0: at the smallest choice).
     """
+    if not 0 <= floor <= 1:
+        raise OptionError(f"floor={floor} is a part of the uniform share; expected a number in [0, 1]")
     if allocation not in ALLOCATIONS:
         raise OptionError(f"allocation {allocation!r} is not known; choose one of {', '.join(ALLOCATIONS)}")
     budget = budget_of(menus, ratio)
     if budget == sum(m.dense for m in menus):
         return [None] * len(menus)
-    return _uniform(menus, ratio, budget) if allocation == "uniform" else _greedy(menus, budget, allocation)
+    if allocation != "uniform":
+        return _greedy(menus, budget, allocation, _shares(menus, floor * ratio, budget))
+    picks = _shares(menus, ratio, budget)
+    left = budget - sum(m.cost(p) for m, p in zip(menus, picks, strict=True))
+    _spend(menus, picks, left, lambda i, p, step: menus[i].cost(p) / menus[i].dense)
+    return picks
 
 
-def _uniform(menus: Sequence[Menu], ratio: float, budget: int) -> list[int | None]:
+def _shares(menus: Sequence[Menu], ratio: float, budget: int) -> list[int | None]:
+    """Every layer's largest choice within `ratio * dense`, or its smallest one, together within the budget."""
     picks: list[int | None] = []
     for m in menus:
         fitting = sum(c <= ratio * m.dense + 1e-9 for c in m.costs)
@@ -96,7 +106,6 @@ def _uniform(menus: Sequence[Menu], ratio: float, budget: int) -> list[int | Non
         _, i, p = max((menus[i].cost(p) / menus[i].dense, i, p) for i, p in enumerate(picks) if p)
         spent -= menus[i].cost(p) - menus[i].cost(p - 1)
         picks[i] = p - 1
-    _spend(menus, picks, budget - spent, lambda i, p, step: menus[i].cost(p) / menus[i].dense)
     return picks
 
 
@@ -120,8 +129,8 @@ def _spend(menus: Sequence[Menu], picks: list[int | None], left: int, priority: 
             offer(i)
 
 
-def _greedy(menus: Sequence[Menu], budget: int, allocation: str) -> list[int | None]:
-    picks: list[int | None] = [0 if m.costs else None for m in menus]
+def _greedy(menus: Sequence[Menu], budget: int, allocation: str, start: Sequence[int | None]) -> list[int | None]:
+    picks = list(start)
     left = budget - sum(m.cost(p) for m, p in zip(menus, picks, strict=True))
     weights = []
     for m in menus:
@@ -129,7 +138,9 @@ def _greedy(menus: Sequence[Menu], budget: int, allocation: str) -> list[int | N
             raise OptionError(f"allocation {allocation!r} needs the errors of layer {m.name!r}")
         weights.append(1.0 if allocation == "loss" else 1.0 / m.scale if m.scale > 0 else 0.0)
     steps = [
-        (-w * slope, i, a, b) for i, (m, w) in enumerate(zip(menus, weights, strict=True)) for a, b, slope in _hull(m)
+        (-w * slope, i, a, b)
+        for i, (m, w) in enumerate(zip(menus, weights, strict=True))
+        for a, b, slope in _hull(m, start[i])
     ]
     for _, i, a, b in sorted(steps, key=lambda s: s[:3]):
         price = menus[i].cost(b) - menus[i].cost(a)
@@ -144,12 +155,12 @@ def _greedy(menus: Sequence[Menu], budget: int, allocation: str) -> list[int | N
     return picks
 
 
-def _hull(menu: Menu) -> list[tuple[int, int | None, float]]:
-    """Corners of the lower convex hull of (cost, error): (from, to, decrease of error per parameter)."""
-    if not menu.costs:
+def _hull(menu: Menu, start: int | None) -> list[tuple[int, int | None, float]]:
+    """Corners of the lower convex hull of (cost, error) from `start` on: (from, to, decrease of error per parameter)."""
+    if start is None:
         return []
     points: list[tuple[int, float, Any]] = [
-        (c, float(e), i) for i, (c, e) in enumerate(zip(menu.costs, menu.errors or (), strict=True))
+        (c, float(e), i) for i, (c, e) in enumerate(zip(menu.costs, menu.errors or (), strict=True)) if i >= start
     ]
     points.append((menu.dense, 0.0, None))
     hull: list[tuple[int, float, Any]] = []

@@ -5,12 +5,13 @@ With H = E[x xᵀ] over the calibration tokens and any root H = C Cᵀ, the squa
     E‖W x − L R x‖² = ‖(W − L R) C‖_F² = Σ_{i>r} σ_i(W C)²,   least for   L R = U_r Σ_r V_rᵀ C⁻¹,   W C = U Σ Vᵀ,
 
 so dropping σ_i costs exactly σ_i. As U_r Σ_r V_rᵀ C⁻¹ = U_r U_rᵀ W, the factors are taken as L = U_r [m, r] and
-R = U_rᵀ W [r, n]: no inverse, hence nothing to fail on a rank-deficient H (the paper adds jitter until Cholesky
-passes). Directions that no calibration token excites are ordered by the weight alone, through `damping`.
+R = U_rᵀ W [r, n], and U from the eigenvectors of W H Wᵀ: no root and no inverse, hence nothing to fail on a
+rank-deficient H (the paper adds jitter until Cholesky passes). Directions that no calibration token excites are
+ordered by the weight alone, through `damping`.
 
 `local_update=True` is the paper's second step: block after block, with the inputs x̃ of the model whose earlier layers
 are compressed already, L is fitted again to W x̃ by least squares, L* = W H̃ Rᵀ (R H̃ Rᵀ)⁻¹.
-Cost: H is n x n per distinct input; one eigendecomposition O(n³) and one SVD.
+Cost: H is n x n per distinct input; one eigendecomposition of the smaller side.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from __future__ import annotations
 import torch
 
 from deltaw.catalogue import method
-from deltaw.compress.base import Compressor, Decomposition, Factors, Layer
+from deltaw.compress.base import Compressor, Decomposition, Factors, Layer, principal_outputs
 from deltaw.errors import OptionError
-from deltaw.linalg import psd_root, truncated_svd
 
 
 @method(
@@ -37,7 +37,7 @@ class SVDLLM(Compressor):
 
     Args:
         local_update: fit the left factors again on the partly compressed model (one pass over the data per block).
-        damping: part of the mean diagonal of H that is added to its diagonal before the root.
+        damping: part of the mean diagonal of H that is added to its diagonal.
     """
 
     needs = frozenset({"input_cov"})
@@ -51,9 +51,10 @@ class SVDLLM(Compressor):
     def decompose(self, layer: Layer) -> Decomposition:
         gram = layer.stat("input_cov")
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
-        root, _ = psd_root(gram, eps=0.0)
-        u, s, _ = truncated_svd(layer.weight @ root, layer.full_rank, "exact")
-        return Decomposition(u, u.mT @ layer.weight, s)
+        basis, inner = None, layer.weight
+        if layer.weight.shape[0] > layer.weight.shape[1]:  # the outputs fill n of m dimensions
+            basis, inner = torch.linalg.qr(layer.weight)
+        return principal_outputs(layer.weight, inner @ gram @ inner.mT, basis)
 
     def refit(self, layer: Layer, factors: Factors) -> Factors:
         gram = layer.stat("input_cov")
