@@ -72,7 +72,7 @@ def test_bad_requests_are_refused_before_work(tmp_path: Path):
         TrainOptions(batch_size=0)
     with pytest.raises(CheckpointError):
         load(tmp_path / "nothing")
-    with pytest.raises((NonFiniteError, ArithmeticError)):
+    with pytest.raises(NonFiniteError):
         train(MODEL, {"train": ROWS}, method="full", options=TrainOptions(epochs=3, lr=1e30, batch_size=10, max_length=16, clip=0.0))
     assert not list(tmp_path.iterdir())
 

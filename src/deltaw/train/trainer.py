@@ -113,7 +113,7 @@ def train_model(
             seed=o.seed,
             data_seed=o.seed,
             bf16=o.bf16,
-            gradient_checkpointing=o.gradient_checkpointing,
+            activation_checkpointing=o.gradient_checkpointing,
             train_sampling_strategy="group_by_length",
             save_strategy="no",
             eval_strategy="epoch" if held else "no",

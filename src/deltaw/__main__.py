@@ -1,0 +1,5 @@
+"""`python -m deltaw`, the command line."""
+
+from deltaw.cli import main
+
+main()
