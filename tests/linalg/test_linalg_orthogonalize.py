@@ -11,6 +11,7 @@ from linalg_checkers import POLAR_TOLERANCE, SPECTRA, check_orthonormal, check_p
 from deltaw.errors import NonFiniteError, OptionError, UnknownNameError
 from deltaw.linalg import COEFFICIENT_SETS, nuclear_norm, orthogonalize, polar
 from deltaw.linalg import coefficients as coefficient_module
+from deltaw.linalg._workers import share_out
 from deltaw.linalg.coefficients import evaluate, resolve_coefficients
 from deltaw.linalg.newton_schulz import iterate, iterate_symmetric
 
@@ -144,6 +145,22 @@ def test_threads_do_not_change_the_result_and_are_restored():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(got, want)
+
+
+def test_an_error_in_a_worker_reaches_the_caller():
+    def fail(part):
+        if 1 in part:
+            raise ValueError("planted")
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for _ in range(2):  # the lock must be free again
+            with pytest.raises(ValueError, match="planted"):
+                share_out(3, fail)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_gradients_flow():
