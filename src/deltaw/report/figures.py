@@ -43,7 +43,7 @@ def accuracy_by_parameters(results: Results) -> Figure | None:
     return figure(
         "adapt-accuracy", "Accuracy against trainable parameters",
         "Mean accuracy over the domains with its 95 % interval; parameters trained per domain on a logarithmic axis. "
-        "The intervals are of each model alone; the paired differences beside are narrower.",
+        "The intervals are of each model alone; the paired differences to the probe are sharper.",
         "; ".join(f"{m}: {f.count(x)} parameters, {i.value:.1f} %" for m, x, i in points),
         lambda c, narrow: scatter(c, points, style, xlabel="trainable parameters", ylabel="mean accuracy, %", log=True, ticks=f.count),
         330,
@@ -193,12 +193,30 @@ def intruders(results: Results, spectra: Spectra) -> Figure | None:
     )  # fmt: skip
 
 
+def distance(results: Results, spectra: Spectra) -> Figure | None:
+    """Relative norm of ΔW per method, in percent of the base."""
+    means = per_method(spectra, lambda c: 100 * c.relative_norm)
+    if not any(means.values()):
+        return None
+    marks = {m: [100 * c.relative_norm for c in changes(spectra) if c.method == m] for m in means}
+    rows = [(m, Interval(v)) for m, v in sorted(means.items(), key=lambda p: -p[1])]
+    style = _style(results, "inspect", spectra)
+    return figure(
+        "inspect-distance", "How far the weights moved",
+        "‖ΔW‖ in percent of ‖W‖ (Frobenius), median over the matrices: mean over the domains, thin marks are the "
+        "single domains.",
+        "; ".join(f"{m} {f.number(i.value)} %" for m, i in rows),
+        lambda c, narrow: bars(c, [("", rows)], style, xlabel="% of the base", text=f.number, narrow=narrow, marks=marks),
+        90 + 38 * len(rows),
+    )  # fmt: skip
+
+
 def figures(results: Results, spectra: Spectra) -> dict[str, list[Figure]]:
     """{stage: figures}, those for which the run has numbers."""
     made = {
         "adapt": [accuracy_by_parameters(results), gains(results, "adapt")],
         "merge": [merge_accuracy(results), gains(results, "merge")],
         "compress": [accuracy_by_size(results), latency(results)],
-        "inspect": [spectra_of_change(results, spectra), ranks_by_layer(results, spectra), intruders(results, spectra)],
+        "inspect": [make(results, spectra) for make in (spectra_of_change, ranks_by_layer, distance, intruders)],
     }
     return {stage: [x for x in found if x is not None] for stage, found in made.items()}

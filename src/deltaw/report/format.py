@@ -22,15 +22,19 @@ def percent(x: float) -> str:
 
 
 def bounds(i: Interval, decimals: int = 1, sign: bool = False) -> str:
-    """The ends of an interval: "83.1 to 88.0", or "" where there are none."""
+    """The ends of an interval: "83.1 to 88.0", or "" where there are none.
+
+    An end that would round to zero keeps one more decimal: whether an interval contains 0 must be readable.
+    """
     if i.low is None or i.high is None:
         return ""
-    show = signed if sign else lambda x, d: f"{x:.{d}f}".replace("-", MINUS)
-    return f"{show(i.low, decimals)} to {show(i.high, decimals)}"
+    ends = [(x, decimals + (x != 0 and float(f"{x:.{decimals}f}") == 0)) for x in (i.low, i.high)]
+    return " to ".join(signed(x, d) if sign else f"{x:.{d}f}".replace("-", MINUS) for x, d in ends)
 
 
 def count(x: float) -> str:
     """770, 147 k, 10.6 M, 1.2 B."""
+    x = float(f"{x:.3g}")
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= limit:
             return f"{x / limit:.3g} {unit}"
@@ -39,6 +43,7 @@ def count(x: float) -> str:
 
 def size(x: float) -> str:
     """Bytes in decimal units: 45.1 MB."""
+    x = float(f"{x:.3g}")
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(x) >= limit:
             return f"{x / limit:.3g} {unit}"

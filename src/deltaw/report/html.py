@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from deltaw.report.figures import figures
 from deltaw.report.plots import PALETTE, Figure
 from deltaw.report.results import CEILING, DENSE, PROBE, STAGES, Results
 from deltaw.report.spectra import Spectra, check_spectra
+from deltaw.report.tables import Table
 
 _INTRO = {
     "adapt": "Each structure on ΔW is trained for each domain on a frozen base, with one head initialisation for all.",
@@ -41,8 +41,8 @@ class Section:
     title: str
     intro: str
     figures: list[Figure] = field(default_factory=list)
-    tables: list[tables.Table] = field(default_factory=list)
-    folded: list[tables.Table] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    folded: list[Table] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     missing: str = ""
 
@@ -150,7 +150,9 @@ def plain(value: Any) -> str:
     """Nested settings as one line of text: "rank 8, targets q and v"."""
     if isinstance(value, Mapping):
         return ", ".join(
-            f"{k} {'(' + plain(v) + ')' if isinstance(v, Mapping) else plain(v)}" for k, v in value.items()
+            f"{k} {'(' + plain(v) + ')' if isinstance(v, Mapping) else plain(v)}"
+            for k, v in value.items()
+            if v is not None
         )
     if isinstance(value, list | tuple):
         return " ".join(plain(v) for v in value)
@@ -183,7 +185,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["inline"] = _inline_code
-    html = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         title=title,
         palette=PALETTE,
         parts=parts,
@@ -195,7 +197,6 @@ def render(
         recipe=str(meta.get("recipe") or ""),
         subtitle=" · ".join(_subtitle(results, meta)),
     )
-    return re.sub(r"\n\s*\n+", "\n", html) if "<pre" not in html else html
 
 
 def _subtitle(results: Results, meta: Mapping[str, Any]) -> list[str]:

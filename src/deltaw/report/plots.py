@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deltaw.report.labels import place
 from deltaw.report.statistics import Interval
 
-#: CSS variable -> (light, dark). Series colours: Okabe and Ito's, darkened or lightened to 3:1 on the surface.
+#: CSS variable -> (light, dark); up, down and depth tint the cells of a heat table. Series colours: Okabe and Ito's, darkened or lightened to 3:1 on the surface.
 PALETTE: dict[str, tuple[str, str]] = {
     "bg": ("#f7f8f9", "#0e1216"),
     "surface": ("#ffffff", "#161b21"),
@@ -23,6 +23,9 @@ PALETTE: dict[str, tuple[str, str]] = {
     "muted": ("#59626c", "#a0a9b3"),
     "line": ("#dce1e6", "#2e363f"),
     "accent": ("#075a9c", "#79bdf5"),
+    "up": ("0,114,178", "86,180,233"),
+    "down": ("213,94,0", "255,143,74"),
+    "depth": ("1", "1.35"),
     "c1": ("#0072b2", "#56b4e9"),
     "c2": ("#d55e00", "#ff8f4a"),
     "c3": ("#00855e", "#3ccf9f"),
@@ -86,7 +89,7 @@ def _render(id: str, draw: Draw, width: float, height: float, narrow: bool, labe
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": id,
         "font.family": "DejaVu Sans",
@@ -127,12 +130,20 @@ def _inline(svg: str, id: str, label: str) -> str:
 
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{id}-\1"', svg)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+
+    def own(match: re.Match[str]) -> str:
+        if match[1] not in used:
+            return ""
+        used.discard(match[1])  # the same marker is defined again for a second line: the first one serves
+        return f' id="{id}-{match[1]}"'
+
+    svg = re.sub(r'\sid="([^"]+)"', own, svg)
     svg = re.sub(r"url\(#", f"url(#{id}-", svg)
     svg = re.sub(r'href="#', f'href="#{id}-', svg)
     for name, stand_in in _STAND_IN.items():
         svg = svg.replace(stand_in, f"var(--{name})")
-    svg = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 var(--sans)", svg)
+    svg = re.sub(r"font-(?:family: 'DejaVu Sans'|size: 12px);? ?", "", svg)  # the page's style says both
     svg = re.sub(r"\n\s*", "\n", svg)
     width = re.search(r'viewBox="0 0 ([\d.]+)', svg)
     head = f'<svg role="img" aria-label="{escape(label)}" style="max-width:{float(width[1]) if width else _WIDE:.0f}px"'
@@ -212,7 +223,7 @@ def forest(
 
 def bars(
     canvas: Any, panels: Sequence[tuple[str, Sequence[tuple[str, Interval]]]], style: dict[str, Style], *,
-    xlabel: str, text: Callable[[float], str], narrow: bool = False, marks: dict[str, Sequence[float]] | None = None,
+    xlabel: str, text: Callable[[float], str], narrow: bool = False, marks: Mapping[str, Sequence[float]] | None = None,
 ) -> None:  # fmt: skip
     """Horizontal bars with their number, one panel per (title, [(name, interval)]); stacked on a narrow page."""
     shape = (len(panels), 1) if narrow else (1, len(panels))

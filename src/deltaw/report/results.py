@@ -17,7 +17,16 @@ DENSE = "dense"
 REFERENCES = (PROBE, CEILING, DENSE, "base")
 #: domains that stand for several
 POOLED = ("mean", "all")
-_REQUIRED = {"stage": str, "method": str, "domain": str, "metric": str, "value": (int, float), "seed": int}
+_REQUIRED: dict[str, Any] = {
+    "stage": str,
+    "method": str,
+    "domain": str,
+    "metric": str,
+    "value": (int, float),
+    "seed": int,
+}
+
+_EXPECTED = {**dict.fromkeys(_REQUIRED, "text"), "value": "a number", "seed": "a whole number"}
 
 Key = tuple[str, str, str]
 
@@ -29,9 +38,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             if key not in row:
                 raise DataError(f"row {number} has no {key!r}; found keys {sorted(row)}, expected {sorted(_REQUIRED)}")
             if not isinstance(row[key], kind) or isinstance(row[key], bool):
-                raise DataError(
-                    f"row {number}: {key} is {row[key]!r}, expected {'a number' if key == 'value' else key}"
-                )
+                raise DataError(f"row {number}: {key} is {row[key]!r}, expected {_EXPECTED[key]}")
         where = f"row {number} ({row['stage']}/{row['method']}/{row['domain']} {row['metric']})"
         if row["stage"] not in STAGES:
             raise unknown_name(f"stage in {where}", row["stage"], STAGES)

@@ -51,11 +51,13 @@ def _pooled(results: Results, stage: str) -> tuple[str, str]:
 
 
 def _verdict(gain: Interval) -> str:
+    """The interval of a gain over the probe and what follows from it, as a sentence."""
     if not gain.known:
-        return "no interval is known for it"
+        return "There are no predictions to say how sure that is."
+    ends = f"The 95 % interval is {f.bounds(gain.scaled(100), sign=True)}"
     if gain.contains_zero:
-        return "a tie with the probe: the interval contains 0"
-    return "a gain that holds at 95 %" if gain.value > 0 else "a loss that holds at 95 %"
+        return f"{ends}, so this is a tie with the probe."
+    return f"{ends}: {'a gain' if gain.value > 0 else 'a loss'} that holds."
 
 
 def _headline(results: Results, stage: str, noun: str) -> list[str]:
@@ -68,7 +70,9 @@ def _headline(results: Results, stage: str, noun: str) -> list[str]:
     pool = results.candidates(stage)
     first = f"`{best}` is the best of {f.words(len(pool))} {noun}s" if len(pool) > 1 else f"`{best}` is the only {noun}"
     first += f": {f.percent(value.value)} % {where}"  # type: ignore[union-attr]
-    found = [first + (f", {_gain(gain)} against the linear probe, {_verdict(gain)}." if gain is not None else ".")]
+    found = [first + "."]
+    if gain is not None:
+        found = [f"{first}, {f.signed(100 * gain.value)} points against the linear probe.", _verdict(gain)]
     if ties:
         verb = "ties" if len(ties) == 1 else "tie"
         found.append(
@@ -119,7 +123,7 @@ def _thrift(results: Results, domain: str, best: str, ties: list[str]) -> list[s
     )
     if pick in equal:
         return [f"Of these `{pick}` is the cheapest, with {budget}: take it where size or storage counts."]
-    return [f"With fewer parameters `{pick}` comes closest: {f.number(100 * gap.value)} points behind with {budget}."]
+    return [f"With fewer parameters `{pick}` comes closest: {100 * gap.value:.1f} points behind with {budget}."]
 
 
 def adapt(results: Results) -> list[str]:
@@ -133,9 +137,10 @@ def adapt(results: Results) -> list[str]:
         m: g for m in results.candidates("adapt") if (g := results.gain("adapt", m, domain)) is not None and g.known
     }
     if gains:
-        sure = [m for m, g in gains.items() if g.low > 0]
+        sure = [m for m, g in gains.items() if not g.contains_zero and g.value > 0]
         if len(sure) == len(gains) and len(gains) > 1:
-            found.append(f"All {f.words(len(gains))} beat the linear probe at 95 %.")
+            every = "Both" if len(gains) == 2 else f"All {f.words(len(gains))}"
+            found.append(f"{every} beat the linear probe at 95 %.")
         elif len(gains) > 1:
             unsure = [m for m in gains if m not in sure]
             found.append(f"No gain over the probe is established for {f.listing(unsure)}.")
@@ -150,9 +155,10 @@ def merge(results: Results) -> list[str]:
         gap = results.difference(("merge", best), ("merge", CEILING), domain)
         ceiling = results.accuracy("merge", CEILING, domain)
         if gap is not None and ceiling is not None and ceiling.value > 0:
+            tie = ", a tie" if gap.known and gap.contains_zero else ""
             kept = 100 * (ceiling.value + gap.value) / ceiling.value
             found.append(
-                f"Against the single-task models, one per domain, at {f.percent(ceiling.value)} %: {_gain(gap)}; one "
+                f"Against the single-task models, one per domain, at {f.percent(ceiling.value)} %: {_gain(gap)}{tie}; one "
                 f"merged model keeps {kept:.1f} % of their accuracy."
             )
     return found + _drops(results, "merge")
@@ -177,26 +183,25 @@ def compress(results: Results) -> list[str]:
     if dense is not None:
         gap = results.difference(("compress", best), ("compress", DENSE), domain)
         text += f" of {f.percent(dense.value)} % before compression"
-        text += f", {_gain(gap)}" if gap is not None else ""
-        text += ", a tie with the dense model" if gap is not None and gap.known and gap.contains_zero else ""
     found = [text + (f", at {f.listing(shares, code=False)}." if shares else ".")]
+    if dense is not None and gap is not None:
+        tie = ", a tie with the dense model" if gap.known and gap.contains_zero else ""
+        found.append(f"That is {_gain(gap)} against the dense model{tie}.")
     if ties:
-        found.append(f"{f.listing(ties)} {'ties' if len(ties) == 1 else 'tie'} with it.")
+        found.append(f"{f.listing(ties)} {'ties' if len(ties) == 1 else 'tie'} with `{best}`.")
     losers = [m for m in results.candidates("compress") if m not in (best, *ties)]
-    losses = {
-        m: g for m in losers if (g := results.difference(("compress", m), ("compress", best), domain)) is not None
-    }
-    for m, g in losses.items():
-        size = _ratio(results, m, "size_bytes")
-        found.append(
-            f"`{m}` differs from it by {_gain(g)}"
-            + (f" at {100 * size:.0f} % of the bytes." if size is not None else ".")
-        )
+    for m in losers:
+        gap = results.difference(("compress", best), ("compress", m), domain)
+        if gap is not None:
+            p, size = gap.scaled(100), _ratio(results, m, "size_bytes")
+            ends = f" (95 % interval {f.bounds(p)})" if p.known else ""
+            weight = f" at {100 * size:.0f} % of the bytes" if size is not None else ""
+            found.append(f"`{m}` ends {p.value:.1f} points below it{ends}{weight}.")
     speeds = [(b, r) for b in results.batches("compress") if (r := _ratio(results, best, "latency_ms", b)) is not None]
     if speeds:
-        said = f.listing([f"{r:.2f} times at batch {b}" for b, r in speeds], code=False)
+        said = f.listing([f"{r:.2f} times (batch {b})" for b, r in speeds], code=False)
         found.append(
-            f"Its latency against the dense model is {said}"
+            f"`{best}` takes {said} the dense model's time"
             + (": smaller is not faster here." if all(r >= 1 for _, r in speeds) else ".")
         )
     return found

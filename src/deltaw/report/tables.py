@@ -94,7 +94,10 @@ def _extra(
     results: Results, stage: str, method: str, metric: str, show: Callable[[float], str], batch: int | None = None
 ) -> Cell:
     found = results.get(stage, method, metric, batch=batch)
-    return MISSING if found is None else Cell(show(found.value), found.value, f.bounds(found))
+    if found is None:
+        return MISSING
+    ends = "" if found.low is None or found.high is None else f"{show(found.low)} to {show(found.high)}"
+    return Cell(show(found.value), found.value, ends)
 
 
 def accuracy_table(results: Results, stage: str, caption: str, heat: bool = False) -> Table:
@@ -107,7 +110,7 @@ def accuracy_table(results: Results, stage: str, caption: str, heat: bool = Fals
     ]
     extras = [e for e in extras if stage == "adapt" and any(results.get(stage, m, e[1]) for m in methods)]
     columns = [Column("method", text=True), *(Column(d, "%") for d in domains), *(e[0] for e in extras)]
-    table = Table(f"{stage}-accuracy", caption, columns, yardsticks=frozenset(REFERENCES))
+    table = Table(f"table-{stage}-accuracy", caption, columns, yardsticks=frozenset(REFERENCES))
     marks = {d: _marks(results, stage, d, methods) for d in domains}
     for m in methods:
         row = [Cell(m, m)]
@@ -131,7 +134,7 @@ def gain_table(results: Results, stage: str, caption: str, against: tuple[str, s
         return None
     domains = [*results.domains(stage), "mean"] if len(results.domains(stage)) != 1 else results.domains(stage)
     columns = [Column("method", text=True), *(Column(d, "points") for d in domains)]
-    table = Table(f"{stage}-gain", caption, columns, yardsticks=frozenset(REFERENCES))
+    table = Table(f"table-{stage}-gain", caption, columns, yardsticks=frozenset(REFERENCES))
     for m in methods:
         cells = [_points_cell(results.difference((stage, m), reference, d), tinted=True) for d in domains]
         table.rows.append([Cell(m, m), *cells])
@@ -148,10 +151,10 @@ def compress_table(results: Results, caption: str) -> Table:
     batches = results.batches(stage)
     columns = [Column("method", text=True), Column("accuracy", "%, mean"), Column("against dense", "points")]
     columns += [Column("parameters"), Column("size"), *(Column(f"latency, batch {b}", "ms") for b in batches)]
-    table = Table("compress-cost", caption, columns, yardsticks=frozenset(REFERENCES))
+    table = Table("table-compress-cost", caption, columns, yardsticks=frozenset(REFERENCES))
     domain = "mean" if len(results.domains(stage)) != 1 else results.domains(stage)[0]
     marks = _marks(results, stage, domain, methods)
-    fastest = {b: _fastest(results, b) for b in batches}
+    speed = {b: _speed_marks(results, b) for b in batches}
     for m in methods:
         row = [Cell(m, m), _accuracy_cell(results.accuracy(stage, m, domain), marks.get(m, ""))]
         against = results.difference((stage, m), (stage, DENSE), domain) if m != DENSE else None
@@ -159,15 +162,21 @@ def compress_table(results: Results, caption: str) -> Table:
         row.append(_extra(results, stage, m, "size_bytes", f.size))
         for b in batches:
             c = _extra(results, stage, m, "latency_ms", f.number, b)
-            row.append(Cell(c.text, c.sort, c.note, "best" if m == fastest[b] else ""))
+            row.append(Cell(c.text, c.sort, c.note, speed[b].get(m, "")))
         table.rows.append(row)
-    table.foot = MARKS + " Yardsticks (dense) are not ranked by accuracy."
+    table.foot = MARKS + " For latency ≈ means that the ranges overlap. Accuracies of yardsticks are not ranked."
     return table
 
 
-def _fastest(results: Results, batch: int) -> str | None:
+def _speed_marks(results: Results, batch: int) -> dict[str, str]:
+    """The lowest latency, and those whose range overlaps with its."""
     found = {m: v for m in results.methods("compress") if (v := results.get("compress", m, "latency_ms", batch=batch))}
-    return min(found, key=lambda m: found[m].value) if found else None
+    if not found:
+        return {}
+    best = min(found, key=lambda m: found[m].value)
+    top = found[best].high
+    ties = {m: "tie" for m, v in found.items() if top is not None and v.low is not None and v.low <= top}
+    return {**ties, best: "best"}
 
 
 def change_table(spectra: Spectra, caption: str) -> Table:
@@ -175,7 +184,7 @@ def change_table(spectra: Spectra, caption: str) -> Table:
     columns = [Column("method", text=True), Column("domain", text=True), Column("matrices")]
     columns += [Column("relative norm", "median"), Column("effective rank", "median")]
     columns += [Column("stable rank", "median"), Column("intruders", "all matrices")]
-    table = Table("inspect-changes", caption, columns)
+    table = Table("table-inspect-changes", caption, columns)
     for c in changes(spectra):
         numbers = (c.matrices, c.relative_norm, c.effective_rank, c.stable_rank, c.intruders)
         table.rows.append(
@@ -191,7 +200,7 @@ def change_table(spectra: Spectra, caption: str) -> Table:
 def rows_table(results: Results, stage: str, caption: str) -> Table:
     """The bare rows of a stage, for stages of which nothing more is known."""
     columns = [Column(t, text=t != "value") for t in ("method", "domain", "metric", "value")]
-    table = Table(f"{stage}-rows", caption, columns, filter=True)
+    table = Table(f"table-{stage}-rows", caption, columns, filter=True)
     for r in results.rows:
         if r["stage"] == stage:
             texts = [Cell(r[k], r[k]) for k in ("method", "domain", "metric")]
@@ -203,7 +212,7 @@ def matrix_table(spectra: Spectra, caption: str) -> Table:
     """Every matrix of every model, for sorting and filtering."""
     titles = ("largest σ", "relative norm", "effective rank", "stable rank", "intruders")
     columns = [Column(t, text=True) for t in ("method", "domain", "matrix")] + [Column(t) for t in titles]
-    table = Table("inspect-matrices", caption, columns, filter=True)
+    table = Table("table-inspect-matrices", caption, columns, filter=True)
     for method, domain, name, r in each(spectra):
         numbers = [
             max(r["singular_values"]),
