@@ -39,6 +39,10 @@ def command(
         float, typer.Option(help="Held out for choosing the best epoch when there is no validation split.")
     ] = 0.1,
     limit: Annotated[int | None, typer.Option(help="At most this many training examples.")] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="mean: classify the mean over tokens (sentence encoders) [default: the model's own]."),
+    ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
@@ -86,6 +90,7 @@ def command(
         method_options=settings,
         optimizer_options=parse_options(optimizer_option),
         data_options=data_options,
+        pooling=pooling,
         options=TrainOptions(
             epochs=epochs,
             batch_size=batch_size,

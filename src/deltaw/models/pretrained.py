@@ -15,6 +15,7 @@ from torch import nn
 
 from deltaw.errors import CheckpointError, OptionError, unknown_name
 from deltaw.models.checkpoint import PICKLE_REASON, PICKLE_SUFFIXES, open_checkpoint, read_json
+from deltaw.models.pooled import POOLING_KEY, mean_pooled_class
 
 #: task -> the transformers Auto class that builds it
 TASKS: dict[str, str] = {
@@ -55,6 +56,7 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     *,
     seed: int = 0,
+    pooling: str | None = None,
     **config_overrides: Any,
 ) -> nn.Module:
     """Load a transformers model in eval mode.
@@ -65,6 +67,8 @@ def load_pretrained(
         task: "classification", "causal-lm", "base", or "auto": what the config's `architectures` says.
         dtype: of the weights in memory.
         seed: of parameters that the checkpoint lacks (a new classifier head); the global generator is not touched.
+        pooling: "mean" for a classifier on the mean over tokens (see `models/pooled.py`), as sentence encoders were
+            trained; by default what the folder says, else the architecture's own classifier.
         **config_overrides: fields of the config, such as `num_labels=3`.
 
     Raises:
@@ -80,11 +84,15 @@ def load_pretrained(
         if "deltaw_factored" in read_json(folder / "config.json"):
             from deltaw.models.factored import load_factored
 
-            if config_overrides:
+            if config_overrides or pooling:
                 raise OptionError(f"{folder} is a factored model; its config cannot be changed: {config_overrides}")
             return load_factored(folder, task).to(dtype)
     options = {"gguf_file": gguf} if gguf else {}
     config = _load_config(folder, options, config_overrides)
+    if pooling is not None:
+        if pooling != "mean" or task != "classification":
+            raise OptionError(f"pooling={pooling!r} for task {task!r}; expected 'mean', for task 'classification'")
+        setattr(config, POOLING_KEY, pooling)
     if gguf and task == "auto":  # these files hold language models and do not say so in `architectures`
         task = "causal-lm"
     model = _build(folder, auto_class(task, config), config, options, dtype=dtype, seed=seed)
@@ -138,7 +146,10 @@ def auto_class(task: str, config: Any) -> Any:
     """The Auto class for a task; "auto" is decided by the config."""
     import transformers
 
-    return getattr(transformers, TASKS[_task(task, config)])
+    task = _task(task, config)
+    if task == "classification" and getattr(config, POOLING_KEY, None) == "mean":
+        return mean_pooled_class(config)
+    return getattr(transformers, TASKS[task])
 
 
 def _locate(path: str | Path) -> tuple[Path | str, str | None]:

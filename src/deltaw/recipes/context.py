@@ -71,6 +71,7 @@ class Context:
                 self.recipe.model,
                 task="classification",
                 seed=self.recipe.head.seed,
+                pooling=self.recipe.pooling,
                 num_labels=len(LABELS),
                 id2label=dict(enumerate(LABELS)),
                 label2id={n: i for i, n in enumerate(LABELS)},
@@ -83,7 +84,9 @@ class Context:
 
         head = self.recipe.head
         seen = self.data_key(*self.domains) if head.init == "probe" else []
-        return self.cells.make("base", fingerprint(self.recipe.model, head.model_dump(), seen), work)
+        return self.cells.make(
+            "base", fingerprint(self.recipe.model, self.recipe.pooling, head.model_dump(), seen), work
+        )
 
     def _fit_head(self, net: nn.Module) -> None:
         """Set the classifier to the logistic regression over all domains together."""

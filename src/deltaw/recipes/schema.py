@@ -98,6 +98,7 @@ class Recipe(_Part):
     name: str
     title: str = ""
     model: str
+    pooling: Literal["mean"] | None = None
     seed: int = 0
     threads: int | None = Field(default=None, gt=0)
     data: DataPart

@@ -130,7 +130,7 @@ def _merge_cell(ctx: Context, part: MergeMethodPart, tuned: dict[str, Cell]) -> 
         net = load_pretrained(ctx.base.folder, task="classification")
         tried: list[tuple[float, dict[str, Any]]] = []
         for options in _grid(part):
-            net.load_state_dict(merge(ctx.base.folder, models, part.method, **options))
+            net.load_state_dict(merge(ctx.base.folder, models, part.method, heads="average", **options))
             loss = (
                 statistics.mean(ctx.score(net, d, "validation").loss for d in ctx.domains)
                 if ctx.recipe.data.validation
@@ -138,7 +138,7 @@ def _merge_cell(ctx: Context, part: MergeMethodPart, tuned: dict[str, Cell]) -> 
             )
             tried.append((loss, options))
         loss, options = min(tried, key=lambda t: t[0])
-        merge(ctx.base.folder, models, part.method, folder / "model", **options)
+        merge(ctx.base.folder, models, part.method, folder / "model", heads="average", **options)
         net = load_pretrained(folder / "model", task="classification")
         correct = {d: list(ctx.score(net, d).correct) for d in ctx.domains}
         return {"correct": correct, "validation_loss": loss, "options": options, "tried": tried}
@@ -186,7 +186,7 @@ def _dense_cell(ctx: Context, source: Cell) -> Cell:
 
         net = load_pretrained(source.folder / "model", task="classification")
         size = _folder_bytes(source.folder / "model")
-        linear = sum(torch.Size(s.shape).numel() for s in find_sites(net, "all-linear", exclude="role:pooler"))
+        linear = sum(torch.Size(s.shape).numel() for s in find_sites(net, "all-linear"))
         return {
             "correct": source.result["correct"],
             "params": sum(p.numel() for p in net.parameters()),
@@ -207,9 +207,7 @@ def _compress_cell(ctx: Context, method: str, source: Cell) -> Cell:
 
     def work(folder: Path) -> dict[str, Any]:
         net = load_pretrained(source.folder / "model", task="classification")
-        report = compress(
-            net, method, part.ratio, calibration=_calibration(ctx), exclude="role:pooler", allocation=part.allocation
-        )
+        report = compress(net, method, part.ratio, calibration=_calibration(ctx), allocation=part.allocation)
         save_compressed(net, folder / "model", tokenizer=ctx.tokenizer)
         save_compressed(net, folder / "dense", dense=True, tokenizer=ctx.tokenizer)
         report.save_json(folder / "layers.json")

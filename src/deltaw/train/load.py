@@ -57,7 +57,7 @@ def load(path: str | Path, task: str = "auto", *, base: str | Path | None = None
         else {}
     )
     seed = (record or {}).get("options", {}).get("seed", 0)
-    net = load_pretrained(origin, task=task, seed=seed, **overrides)
+    net = load_pretrained(origin, task=task, seed=seed, pooling=(record or {}).get("pooling"), **overrides)
     load_adapter(net, folder)
     return net.eval()
 

@@ -58,7 +58,7 @@ def train(
     optimizer_options: Mapping[str, Any] | None = None,
     data_options: Mapping[str, Any] | None = None,
     options: TrainOptions | None = None,
-    head: Mapping[str, torch.Tensor] | None = None,
+    pooling: str | None = None,
     progress: bool = False,
     overwrite: bool = False,
 ) -> TrainedModel:
@@ -71,7 +71,8 @@ def train(
         optimizer: an optimizer id; it is routed over the model.
         parameters: for "full": "all", or "matrices" (hidden matrices and the head; embeddings, norms and biases
             stay as they are).
-        head: initial values of the head's parameters by name; random (by the seed) where not given.
+        pooling: "mean" puts the classifier on the mean over tokens, which suits sentence encoders; by default what the
+            model folder says, else the architecture's own.
         out: folder to write; nothing is written without it.
 
     Returns:
@@ -89,13 +90,12 @@ def train(
             "id2label": dict(enumerate(names)),
             "label2id": {n: i for i, n in enumerate(names)},
         }
-    net = load_pretrained(model, task=loaded.task, seed=o.seed, **overrides)
+    net = load_pretrained(model, task=loaded.task, seed=o.seed, pooling=pooling, **overrides)
     tokenizer = load_tokenizer(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(net.config, "pad_token_id", None) is None:
         net.config.pad_token_id = tokenizer.pad_token_id
-    set_parameters(net, head or {})
     prepare(net, method, targets=targets, parameters=parameters, seed=o.seed, **dict(method_options or {}))
     if o.lr is None:
         o = TrainOptions(**{**asdict(o), "lr": default_lr(method, optimizer)})
@@ -115,6 +115,7 @@ def train(
     record = {
         "kind": "model" if method in PLAIN else "adapter",
         "base": str(model),
+        "pooling": pooling,
         "task": loaded.task,
         "label_names": loaded.label_names,
         "columns": loaded.columns,
@@ -202,20 +203,6 @@ def head_sites(sites: Sequence[Site]) -> list[Site]:
     """The parameters of a classifier's head: output layer and pooler with their biases. None for tied LM heads."""
     roots = {s.module for s in sites if s.role in ("head", "pooler") and not s.tied}
     return [s for s in sites if s.module in roots and s.role != "embedding"]
-
-
-def set_parameters(net: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Copy named values into the model; an unknown name or another shape raises."""
-    own = dict(net.named_parameters())
-    for name, value in values.items():
-        if name not in own:
-            raise unknown_name("parameter", name, own)
-        if own[name].shape != value.shape:
-            raise OptionError(
-                f"parameter {name!r} has shape {tuple(own[name].shape)}, the given value {tuple(value.shape)}"
-            )
-        with torch.no_grad():
-            own[name].copy_(value)
 
 
 def count_trainable(net: nn.Module) -> int:
