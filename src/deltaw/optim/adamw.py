@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from deltaw.catalogue import method
 from deltaw.optim.base import BaseOptions, MatrixOptimizer

@@ -16,14 +16,13 @@ from deltaw.optim.checkpoint import load
 from deltaw.optim.context import Context
 from deltaw.optim.driver import Driver
 from deltaw.optim.gradients import usable
-from deltaw.optim.sharding import check_placement, mesh_of, zeros_rows
-from deltaw.optim.stack import Chunk, form_chunks, members_of, run_chain, state_key
+from deltaw.optim.groups import check_devices, check_group, distinct_entries
+from deltaw.optim.sharding import check_placement, mesh_of
+from deltaw.optim.stack import Chunk, form_chunks, members_of, run_chain
+from deltaw.optim.state import allocate, follow_device
 from deltaw.optim.transform import Chain, Transform
 from deltaw.optim.transforms import Adam
-from deltaw.optim.views import block_shapes, default_view, matrix_site
-
-#: keys of a group that are not options of its chain
-_FIXED = ("params", "param_names", "chain", "views", "lr", "weight_decay", "maximize", "initial_lr")
+from deltaw.optim.views import default_view, matrix_site
 
 #: attributes of torch's Optimizer that a copy or pickle leaves behind: bound hooks
 _HOOKS = frozenset(k for k in torch.optim.SGD([torch.zeros(1)]).__dict__ if k.startswith("_"))
@@ -33,10 +32,13 @@ class BaseOptions(TypedDict, total=False):
     """Keyword options that every optimizer of this room takes besides its own.
 
     adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the groups marked `chain="adamw"`.
-    maximize: ascend. nonfinite: "raise" an error or "skip" the step when a gradient holds NaN or infinity.
-    seed: of every random draw. chunk_bytes: the most a stack of weights may take
-    (default 4 MiB on the CPU, which stays in cache and clear of page faults; 256 MiB on accelerators). statistics: what
-    `deltaw.models.capture` returned, for transforms that need it. driver: see `driver.py`.
+    maximize: ascend.
+    nonfinite: "raise" an error or "skip" the step when a gradient holds NaN or infinity.
+    seed: of every random draw.
+    chunk_bytes: the most the weights of one stack may take; None is 4 MiB on the CPU, which stays in cache and
+        clear of page faults, and 256 MiB on accelerators.
+    statistics: what `deltaw.models.capture` returned, for transforms that need it.
+    driver: see driver.py.
     """
 
     adamw_lr: float | Tensor
@@ -139,16 +141,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Add a group; see the class for its keys. Its state is allocated at once."""
         group = dict(param_group)
         index = len(self.param_groups)
-        params = group.get("params", ())
-        entries = [params] if isinstance(params, Tensor) else list(params)
-        if not entries:
-            raise OptionError(f"parameter group {index} is empty: leave it out, or check what selected its parameters")
-        once: dict[int, Any] = {}
-        for entry in entries:  # tied weights are one object: one update
-            once.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), entry)
-        if "views" in group and len(once) != len(entries):
-            raise OptionError(f"parameter group {index} has views and names a parameter twice: list each once")
-        group["params"] = list(once.values())
+        group["params"] = distinct_entries(group, index)
         name = group.setdefault("chain", self.main)
         if name not in self.chains:
             raise unknown_name(f"chain of parameter group {index}", str(name), self.chains)
@@ -162,7 +155,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for key in set(self.defaults) - set(self.chain_defaults[name]) - {"maximize"} - set(param_group):
             del added[key]  # torch fills every group with the defaults of the main chain
         try:
-            self._check_group(added, index)
+            self._chain(added)
+            names = [self.name_of(index, position) for position in range(len(added["params"]))]
+            check_group(added, index, self.chain_defaults[name], names)
+            check_devices(self.param_groups)
             self._owned.append(list(added["params"]))
             for position, p in enumerate(added["params"]):
                 self._allocate(p, added, index, position)
@@ -171,36 +167,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
             del self._owned[index:]
             raise
 
-    def _check_group(self, group: dict[str, Any], index: int) -> None:
-        unknown = set(group) - set(_FIXED) - set(self.chains[group["chain"]].options())
-        if unknown:
-            raise unknown_name(
-                f"option in parameter group {index}",
-                min(unknown),
-                [*self.chain_defaults[group["chain"]], *_FIXED[1:4]],
-            )
-        self._chain(group)
-        checks.number(f"lr of parameter group {index}", group["lr"])
-        checks.number(f"weight_decay of parameter group {index}", group["weight_decay"])
-        if "views" in group and len(group["views"]) != len(group["params"]):
-            raise OptionError(
-                f"parameter group {index}: {len(group['views'])} views for {len(group['params'])} parameters"
-            )
-        for position, p in enumerate(group["params"]):
-            if not p.is_floating_point():
-                raise OptionError(
-                    f"parameter {self.name_of(index, position)!r} has dtype {p.dtype}: only real floating-point "
-                    "parameters can be optimized; set requires_grad=False on the others and leave them out"
-                )
-        kinds = sorted({p.device.type for g in self.param_groups for p in g["params"]})
-        if len(kinds) > 1:
-            raise OptionError(f"parameters on several kinds of device ({', '.join(kinds)}): move the model first")
-
     def _chain(self, group: Mapping[str, Any]) -> Chain:
         chain = self.chains[group["chain"]]
         return chain.with_options({k: group[k] for k in chain.options()})
 
     def name_of(self, index: int, position: int) -> str:
+        """The name of a parameter by group and position; made up from these when it was given without one."""
         names = self.param_groups[index].get("param_names")
         return names[position] if names else f"group{index}[{position}]"
 
@@ -212,25 +184,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         view = group["views"][position] if "views" in group else default_view(p, name)
         return matrix_site(name, tuple(p.shape), view)
 
-    @torch.no_grad()
     def _allocate(self, p: Tensor, group: Mapping[str, Any], index: int, position: int) -> None:
-        """Create the state of one parameter, all of it, so that checkpoints are complete and equal on all ranks."""
         chain = self._chain(group)
         site = self._site(group, chain, index, position)
         check_placement(p, self.name_of(index, position), site, chain)
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
-        blocks = block_shapes(site) if site else [(0, 0)]
-        for block, shape in enumerate(blocks):
-            for entries in chain.state_plan(shape, p.dtype):
-                for stored, spec in entries.values():
-                    dtype = spec.dtype or p.dtype
-                    if spec.shape is None:
-                        if stored not in state:
-                            state[stored] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-                        continue
-                    whole = (site.shape[0], *spec.shape) if site and site.kind == "expert-stack" else spec.shape
-                    state[state_key(stored, block, len(blocks))] = zeros_rows(p, whole, dtype)
-        self.state[p] = state
+        self.state[p] = allocate(p, chain, site)
 
     def _sync(self) -> None:
         """Follow parameters that a framework has put in place of others, or that have moved to another device.
@@ -252,13 +210,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                         )
                     owned[position] = p
                     self._allocate(p, group, index, position)
-                elif any(k != "step" and v.device != p.device for k, v in self.state[p].items()):
-                    self._move(p)
-
-    def _move(self, p: Tensor) -> None:
-        for key, value in self.state[p].items():
-            if key != "step":
-                self.state[p][key] = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)
+                else:
+                    follow_device(self.state[p], p.device)
 
     def parameters(self) -> list[Tensor]:
         """All parameters, in the order of the groups."""
