@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from deltaw.adapters import DenseBase, LazyBase, adapt, low_rank, prefer_weight, structures, weight_centric
@@ -50,6 +52,36 @@ def test_low_rank_is_its_definition_to_second_order(middle, recompute, pending):
     torch.testing.assert_close(node(*inputs), plain(x, a, b, m, weight, scale), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(node, inputs)
     assert torch.autograd.gradgradcheck(node, inputs)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(0, 6)] + [st.integers(1, 7)] * 3),
+    middle=st.sampled_from([None, "diagonal", "full"]),
+    recompute=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_low_rank_at_any_shape(sizes, middle, recompute, seed):
+    """Any number of tokens (none too), any m, n, r; against autograd of the definition in float64."""
+    t, m, n, r = sizes
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+    x, a, b, weight = draw(t, n), draw(r, n), draw(m, r), draw(m, n).detach()
+    core = None if middle is None else draw(r) if middle == "diagonal" else draw(r, r)
+    square = torch.eye(r, dtype=torch.float64) if core is None else torch.diag(core) if core.ndim == 1 else core
+    inputs = [p for p in (x, a, b, core) if p is not None]
+    found = low_rank(x, a, b, DenseBase(weight), middle=core, recompute=recompute)
+    expected = x @ weight.mT + x @ a.mT @ square.mT @ b.mT
+    torch.testing.assert_close(found, expected)
+    for f, e in zip(
+        torch.autograd.grad(found.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(f, e)
 
 
 @pytest.mark.parametrize("frozen", [("a",), ("b",), ("a", "b"), ("x",), ("x", "a"), ("middle",)])

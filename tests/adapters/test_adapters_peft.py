@@ -226,6 +226,21 @@ def test_gram_schmidt_matches_peft(tmp_path, evidence):
     evidence("hra", kind="parity", peer=PEFT, error=worst)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "sparse", "very-sparse"])
+def test_randlora_bases_are_rebuilt_from_the_key(kind, tmp_path):
+    """A folder without projections: we draw what peft draws."""
+    config = peft.RandLoraConfig(
+        r=5, projection_prng_key=3, save_projection=False, target_modules=TARGETS,
+        sparse=kind == "sparse", very_sparse=kind == "very-sparse",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(Model(), config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = load_adapter(Model(), tmp_path / "peft")
+    x = torch.randn(3, 5, 24)
+    assert error(ours(x), theirs(x)) < TOLERANCES["adapters-peft"][0]
+
+
 def test_embedding_and_conv(tmp_path, evidence):
     """LoRA on an embedding table and on a convolution, both ways."""
 

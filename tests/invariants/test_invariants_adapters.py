@@ -19,17 +19,18 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw import catalogue
 from deltaw.adapters import (
+    AdapterSpec,
     DenseBase,
     LoRA,
     Structure,
     adapt,
     export_lora,
     fold,
+    install,
     load_adapter,
     save_adapter,
     structures,
 )
-from deltaw.adapters.adapt import AdapterSpec, install
 from deltaw.models import find_sites
 
 RANK = 4

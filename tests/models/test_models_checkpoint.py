@@ -369,3 +369,15 @@ def test_a_disk_that_really_fills(when):
     assert done.returncode == 0, done.stderr + done.stdout
     assert "it needs 200,000 bytes" in done.stdout
     assert "bytes are free); nothing half-written was left at /mnt/o" in done.stdout
+
+
+@pytest.mark.parametrize("size", [640, 1152])
+def test_a_header_of_640_or_1152_bytes_is_not_taken_for_a_pickle(tmp_path, size):
+    """Its length then begins with the bytes that begin a pickle."""
+    path = tmp_path / "model.safetensors"
+    for padding in range(size):
+        save_file({"w": torch.ones(2)}, path, metadata={"note": "x" * padding})
+        if int.from_bytes(path.read_bytes()[:8], "little") == size:
+            break
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04")
+    assert torch.equal(open_checkpoint(path).get("w"), torch.ones(2))

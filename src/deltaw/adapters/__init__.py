@@ -4,18 +4,7 @@ One method, one file: a subclass of `Structure` (base.py) with a card. `AdaptedL
 them; `low_rank` and `weight_centric` (fused.py) are the two ways to run one.
 """
 
-from deltaw.adapters.adapt import (
-    AdapterSpec,
-    active_adapters,
-    adapt,
-    adapter_names,
-    fold,
-    penalty,
-    set_active,
-    specs,
-    structures,
-    unload,
-)
+from deltaw.adapters.adapt import adapt, install
 from deltaw.adapters.base import BaseOp, DenseBase, LazyBase, Structure
 from deltaw.adapters.dora import DoRA
 from deltaw.adapters.export import ExportReport, export_lora, save_folded
@@ -26,6 +15,17 @@ from deltaw.adapters.layer import AdaptedLayer
 from deltaw.adapters.lora import LoRA
 from deltaw.adapters.pissa import PiSSA
 from deltaw.adapters.randlora import RandLoRA
+from deltaw.adapters.state import (
+    AdapterSpec,
+    active_adapters,
+    adapter_names,
+    fold,
+    penalty,
+    set_active,
+    specs,
+    structures,
+    unload,
+)
 from deltaw.adapters.svft import SVFT
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "adapter_names",
     "export_lora",
     "fold",
+    "install",
     "load_adapter",
     "low_rank",
     "penalty",

@@ -1,11 +1,11 @@
-"""Putting structures on a model, switching them, and taking them off again."""
+"""Putting structures on a model."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,27 +13,14 @@ from torch import Tensor, nn
 
 from deltaw import catalogue
 from deltaw.adapters.base import BaseOp, DenseBase, Structure
-from deltaw.adapters.layer import AdaptedLayer, check_wrappable, unwrap, wrap
+from deltaw.adapters.layer import check_wrappable, wrap
 from deltaw.adapters.shared import SharedBases, group_key
-from deltaw.errors import CompositionError, OptionError, TargetError, nearest, unknown_name
+from deltaw.adapters.state import STATE, AdapterSpec, root_of, set_active, specs, state_of
+from deltaw.errors import CompositionError, OptionError, TargetError, nearest
 from deltaw.linalg import seeded_generator
 from deltaw.models import Site, find_sites, get_parameter
 
 TIED = ("share", "untie", "error")
-_STATE = "_deltaw_adapters"
-
-
-@dataclass
-class AdapterSpec:
-    """What `save_adapter` needs to know beyond the tensors. `options` are those of all layers alike."""
-
-    method: str
-    options: dict[str, Any]
-    seed: int = 0
-    also_train: tuple[str, ...] = ()  # names of further trained parameters
-    also_modules: tuple[str, ...] = ()  # the modules that hold them
-    basis: str = ""  # key of the shared bases
-    extra: dict[str, Any] = field(default_factory=dict)  # foreign entries of a file, kept for the way back
 
 
 def adapt(
@@ -147,7 +134,7 @@ def install(
         built.append((together, structure))
     if bases is None:
         bases = cls.shared_bases(sites, spec.seed, spec.options)
-    shared = (_state(model) or {"bases": SharedBases()})["bases"]
+    shared = (state_of(model) or {"bases": SharedBases()})["bases"]
     if bases:
         spec.basis = group_key(cls.card.id, bases)
         shared.add(spec.basis, bases)
@@ -161,10 +148,10 @@ def install(
             structure.initialise(base, seeded_generator(spec.seed, cls.card.id, site.name), stats)
         structure.train(model.training)
     # Nothing has touched the model so far; from here on nothing fails.
-    state = _state(model)
+    state = state_of(model)
     if state is None:
         state = {"specs": {}, "bases": shared, "trainable": {n: p.requires_grad for n, p in model.named_parameters()}}
-        setattr(model, _STATE, state)
+        setattr(model, STATE, state)
     for together, structure in built:
         if together[0].tied and tied == "untie":
             _untie(model, together[0])
@@ -181,133 +168,6 @@ def install(
     for parameter in spec.also_train:
         parameters[parameter].requires_grad_(True)
     set_active(model, {name: 1.0})
-
-
-# -- looking at adapters ---------------------------------------------------------------------------------------------
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters on a model, in the order in which they were put on."""
-    return list(specs(model))
-
-
-def active_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that act at present."""
-    found = {layer._slots[k][0] for _, layer in layers(model) for k in layer._active}
-    return [n for n in adapter_names(model) if n in found]
-
-
-def specs(model: nn.Module) -> dict[str, AdapterSpec]:
-    """name -> how that adapter was made."""
-    state = _state(root_of(model))
-    return state["specs"] if state else {}
-
-
-def structures(model: nn.Module, name: str = "default") -> dict[str, Structure]:
-    """module name -> structure of one adapter (the parameter's full name for any other than `weight`)."""
-    return {site_key(s): structure for s, structure in held(model, name) if s is not None}
-
-
-def penalty(model: nn.Module) -> Tensor | float:
-    """The sum of the active structures' own penalties, to add to the loss; 0.0 when there are none."""
-    active = {id(s): s for _, layer in layers(model) for s in map(layer.at, layer._active)}
-    terms = [t for t in (s.penalty() for s in active.values()) if t is not None]
-    return torch.stack(terms).sum() if terms else 0.0
-
-
-def held(model: nn.Module, name: str) -> list[tuple[Site, Structure]]:
-    """(site, structure) of one adapter, each structure once. Raises UnknownNameError."""
-    if name not in specs(model):
-        raise unknown_name("adapter", name, adapter_names(model), "`adapter_names(model)` lists them.")
-    seen: dict[int, tuple[Site, Structure]] = {}
-    for path, layer in layers(root_of(model)):
-        for parameter, structure in layer.held(name).items():
-            seen.setdefault(id(structure), (replace(layer._sites[parameter], module=path), structure))
-    return list(seen.values())
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """(module name, layer) of every adapted layer."""
-    for path, module in model.named_modules():
-        if isinstance(module, AdaptedLayer):
-            yield path, module
-
-
-def site_key(site: Site) -> str:
-    """How a structure is named in files and reports."""
-    return site.module if site.parameter == "weight" else site.name
-
-
-def root_of(model: nn.Module) -> nn.Module:
-    """The module that `adapt` was given, when `model` is a wrapper of it (compiled, data parallel) or holds it."""
-    for module in model.modules():
-        if _STATE in vars(module):
-            return module
-    return model
-
-
-# -- switching and taking off ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def set_active(model: nn.Module, weights: str | Sequence[str] | Mapping[str, float]) -> None:
-    """Let exactly these adapters act: {name: weight}, a name, or names (weight 1). {} gives the base model.
-
-    Raises:
-        UnknownNameError: no such adapter. CompositionError: two of them replace the output of one layer, or a weight
-        other than 1 on one that does. Nothing is changed then.
-    """
-    if not isinstance(weights, Mapping):
-        weights = dict.fromkeys([weights] if isinstance(weights, str) else weights, 1.0)
-    for name in weights:
-        if name not in specs(model):
-            raise unknown_name("adapter", name, adapter_names(model), "`adapter_names(model)` lists them.")
-    for _, layer in layers(model):
-        layer.check(weights)
-    for _, layer in layers(model):
-        layer.activate(weights)
-
-
-@torch.no_grad()
-def fold(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Add ΔW into the weights and give back plain modules; the sum is made in float32 or wider.
-
-    Args:
-        name: fold this adapter with weight 1; None folds the active ones with their weights. All others are dropped.
-    """
-    if name is not None:
-        set_active(model, {name: 1.0})
-    for parameter, value in folded_weights(model):
-        parameter.copy_(value)
-    return unload(model)
-
-
-def folded_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(weight, W + ΔW in the weight's dtype) of the active adapters, each shared weight once."""
-    done = set()
-    for _, layer in layers(model):
-        for parameter, site in layer._sites.items():
-            weight = getattr(layer, parameter)
-            if id(weight) in done:
-                continue
-            done.add(id(weight))
-            delta = layer.total_delta(parameter)
-            if delta is not None:
-                yield weight, (weight.to(delta.dtype) + site.from_matrix(delta)).to(weight.dtype)
-
-
-def unload(model: nn.Module) -> nn.Module:
-    """Take all structures off; the weights and the parameters' `requires_grad` are as before `adapt`."""
-    root = root_of(model)
-    state = _state(root)
-    if state is None:
-        return model
-    for _, layer in list(layers(root)):
-        unwrap(layer)
-    for parameter_name, p in root.named_parameters():
-        p.requires_grad_(state["trainable"].get(parameter_name, True))
-    delattr(root, _STATE)
-    return model
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -354,10 +214,6 @@ def choice_of_tied(tied: str) -> None:
     """Raise OptionError for an unknown way to treat tied weights."""
     if tied not in TIED:
         raise OptionError(f"tied is {tied!r}; expected one of {', '.join(map(repr, TIED))}")
-
-
-def _state(root: nn.Module) -> dict[str, Any] | None:
-    return vars(root).get(_STATE)
 
 
 def _sharing(model: nn.Module, site: Site) -> list[Site]:

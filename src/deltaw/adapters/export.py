@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltaw.adapters import peft_format
-from deltaw.adapters.adapt import folded_weights, held, layers, root_of, set_active, specs
 from deltaw.adapters.base import BaseOp, Structure
 from deltaw.adapters.layer import AdaptedLayer
-from deltaw.adapters.lora import to_peft
+from deltaw.adapters.layouts import to_peft
+from deltaw.adapters.state import folded_weights, held, layers, root_of, set_active, specs
 from deltaw.errors import OptionError, TargetError
 from deltaw.linalg import truncated_svd
 from deltaw.models import Site, atomic_folder

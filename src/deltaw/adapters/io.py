@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from deltaw import __version__
 from deltaw.adapters import peft_format
-from deltaw.adapters.adapt import AdapterSpec, check_name, held, install, layers, resolve, root_of, specs
+from deltaw.adapters.adapt import check_name, install, resolve
 from deltaw.adapters.base import BaseOp, Structure, choice, copy_into
 from deltaw.adapters.shared import checksum, group_key
+from deltaw.adapters.state import AdapterSpec, held, layers, root_of, specs
 from deltaw.errors import CheckpointError, OptionError, nearest
 from deltaw.models import Site, atomic_folder, inventory, open_checkpoint
 
@@ -239,6 +240,8 @@ def _peft_refusal(root: nn.Module, pairs: list[tuple[Site, Structure]]) -> str:
         return "one structure serves several modules with a tied weight, which peft's files do not express"
     for site, structure in pairs:
         reason = structure.peft_refusal(site)
+        if not reason and not site.module:
+            reason = "the model is the adapted layer itself, which has no name for peft's keys"
         if not reason and site.parameter != "weight":
             reason = f"peft's keys have no place for the parameter {site.parameter!r}"
         if reason:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import catalogue
-from deltaw.adapters.adapt import AdapterSpec
 from deltaw.adapters.base import BaseOp, Structure
+from deltaw.adapters.state import AdapterSpec
 from deltaw.errors import CheckpointError, nearest, unknown_name
 from deltaw.models import Site, inventory, open_checkpoint
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from deltaw.adapters.base import BaseOp, LazyBase, Structure
 from deltaw.adapters.fused import low_rank
-from deltaw.adapters.lora import LoRA, to_peft
+from deltaw.adapters.layouts import to_peft
+from deltaw.adapters.lora import LoRA
 from deltaw.catalogue import method
 from deltaw.linalg import truncated_svd
 from deltaw.models import Site

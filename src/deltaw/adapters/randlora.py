@@ -25,6 +25,7 @@ from torch import Tensor
 
 from deltaw.adapters.base import BaseOp, LazyBase, Structure, choice, copy_into, positive, probability
 from deltaw.adapters.fused import low_rank, prefer_weight, weight_centric
+from deltaw.adapters.shared import ternary
 from deltaw.catalogue import method
 from deltaw.linalg import seeded_generator
 from deltaw.models import Site
@@ -86,18 +87,20 @@ class RandLoRA(Structure):
     def shared_bases(cls, sites: list[Site], seed: int, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """A [r, 1, d] and B [D, N, r], in peft's layout, for the largest of `sites`."""
         rank, kind = options.get("rank", 32), options.get("basis", "uniform")
-        shapes = [s.matrix_shape for s in sites]
-        if options.get("pairing", "paper") == "peft":  # the largest m and n of all, not of one layer
-            small, large = sorted((max(m for m, _ in shapes), max(n for _, n in shapes)))
-            return _peft_bases(rank, large, small, kind, seed)
+        shapes, as_peft = [s.matrix_shape for s in sites], options.get("pairing") == "peft"
         small, large = max(min(s) for s in shapes), max(max(s) for s in shapes)
-        generator = seeded_generator(seed, "randlora", kind)
-        draw = [
-            torch.rand(shape, generator=generator)
-            for shape in ((rank, 1, small), (large, math.ceil(small / rank), rank))
-        ]
-        a, b = (_ternary(t, kind, small) if kind != "uniform" else (2 * t - 1) * math.sqrt(3) for t in draw)
-        return {"A": a, "B": b}
+        if as_peft:  # the largest m and n of all, not of one layer; `projection_prng_key` seeds its generator
+            small, large = sorted((max(m for m, _ in shapes), max(n for _, n in shapes)))
+        generator = torch.Generator().manual_seed(seed) if as_peft else seeded_generator(seed, "randlora", kind)
+        count = math.ceil(small / rank)
+        if as_peft and kind == "uniform":
+            return _peft_uniform(rank, large, small, count, generator)
+        a = torch.rand((rank, 1, small), generator=generator)
+        b = torch.rand((large, count, rank), generator=generator)
+        if kind == "uniform":
+            return {"A": (2 * a - 1) * math.sqrt(3), "B": (2 * b - 1) * math.sqrt(3)}
+        tail = 1 / (2 * (3 if kind == "sparse" else math.sqrt(small)))
+        return {"A": ternary(a, tail), "B": ternary(b, tail)}
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         """(L [m, Nr], R [Nr, n]) with ΔW = s·L R."""
@@ -166,23 +169,10 @@ class RandLoRA(Structure):
         }
 
 
-def _ternary(uniform: Tensor, kind: str, small: int) -> Tensor:
-    """−1, 0, +1 from U(0, 1), divided by the deviation: outer thirds of probability 1/6, or 1/(2√d)."""
-    tail = 1 / (2 * (3 if kind == "sparse" else math.sqrt(small)))
-    signs = (uniform > 1 - tail).float() - (uniform < tail).float()
-    return signs / signs.std().clamp_min(1e-12)
+def _peft_uniform(rank: int, large: int, small: int, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """peft's draws, in its order and dtype (bfloat16): Kaiming-uniform with a = √5, divided by the deviation."""
 
-
-def _peft_bases(rank: int, large: int, small: int, kind: str, seed: int) -> dict[str, Tensor]:
-    """The bases that peft draws from `projection_prng_key=seed`, in its order of draws and its dtype (bfloat16)."""
-    generator = torch.Generator().manual_seed(seed)
-    count = math.ceil(small / rank)
-    if kind != "uniform":
-        a = torch.rand((rank, 1, small), generator=generator)
-        b = torch.rand((large, count, rank), generator=generator)
-        return {"A": _ternary(a, kind, small), "B": _ternary(b, kind, small)}
-
-    def draw(*shape: int) -> Tensor:  # Kaiming-uniform with a = √5: bound 1/√fan_in, fan_in = the last dimension
+    def draw(*shape: int) -> Tensor:  # bound 1/√fan_in, fan_in = the last dimension, rounded as torch.nn.init does
         bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5.0) ** 2)) / math.sqrt(shape[-1]))
         return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 

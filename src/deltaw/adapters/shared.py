@@ -35,6 +35,12 @@ class SharedBases:
         return self._placed[place]
 
 
+def ternary(uniform: Tensor, tail: float) -> Tensor:
+    """−1, 0, +1 from draws of U(0, 1), each sign with probability `tail`, divided by the deviation."""
+    signs = (uniform > 1 - tail).float() - (uniform < tail).float()
+    return signs / signs.std().clamp_min(1e-12)
+
+
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """First 16 hex digits of SHA-256 over names, shapes and float32 bytes."""
     digest = hashlib.sha256()
