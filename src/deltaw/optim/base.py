@@ -24,9 +24,6 @@ from deltaw.optim.transform import Chain, Transform
 from deltaw.optim.transforms import Adam
 from deltaw.optim.views import default_view, matrix_site
 
-#: attributes of torch's Optimizer that a copy or pickle leaves behind: bound hooks
-_HOOKS = frozenset(k for k in torch.optim.SGD([torch.zeros(1)]).__dict__ if k.startswith("_"))
-
 
 class BaseOptions(TypedDict, total=False):
     """Keyword options that every optimizer of this room takes besides its own.
@@ -314,5 +311,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._plan = _Plan()
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch keeps groups and state only; a copy needs the chains too
-        return {**{k: v for k, v in self.__dict__.items() if k not in _HOOKS}, "_plan": _Plan()}
+        # torch keeps groups and state only; a copy needs the chains too, but not torch's bound hooks
+        public = {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+        return {**public, "_owned": self._owned, "_plan": _Plan()}
