@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds and layers, nothing written")
     args = parser.parse_args()
     rounds = 5 if args.quick else args.rounds
+    load = round(os.getloadavg()[0], 1)  # above zero, others were using the machine: trust ratios, not times
 
     speed = []
     with torch.no_grad():
@@ -117,7 +119,13 @@ def main() -> None:
         sources["recorded momenta"] = list(record(seed=args.seed).values())
     with torch.no_grad():
         grades = quality({kind: found for kind, found in sources.items() if found})
-    result = {"seed": args.seed, "rounds": rounds, "machine": machine(), "speed": speed, "quality": grades}
+    result = {
+        "seed": args.seed,
+        "rounds": rounds,
+        "machine": machine() | {"load": load},
+        "speed": speed,
+        "quality": grades,
+    }
     print(render(result))
     if not args.quick:
         RESULTS.mkdir(exist_ok=True)
