@@ -31,6 +31,8 @@ class Context:
     rows: list[dict[str, Any]] = field(default_factory=list)
     predictions: dict[str, list[int]] = field(default_factory=dict)
     spectra: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    #: decompositions of the base's matrices, made once for all models that are inspected
+    base_spectra: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for domain in self.recipe.data.domains:
