@@ -71,9 +71,12 @@ def invent(examples: int = 600, seed: int = 0) -> dict:
             add("adapt", m, d, "seconds", seconds * (1 + 0.05 * rng.random()))
     for m, lift in MERGE.items():
         score("merge", m, lift, same_as={"linear-probe": "linear-probe", "single-task": "normuon"}.get(m))
+    add("merge", "task-arithmetic", "all", "scale", 0.3)
     for m, (lift, params, share, one, many) in COMPRESS.items():
         score("compress", m, lift)
         add("compress", m, "all", "params", params)
+        add("compress", m, "all", "linear_params", 10_616_832 * (1.0 if m == "dense" else 0.6))
+        add("compress", m, "all", "dense_size_bytes", 90_900_000)
         add("compress", m, "all", "size_bytes", 90_900_000 * share)
         add("compress", m, "all", "latency_ms", one, batch=1, low=one * 0.95, high=one * 1.08)
         add("compress", m, "all", "latency_ms", many, batch=64, low=many * 0.97, high=many * 1.05)

@@ -126,6 +126,8 @@ def test_markdown_tables_have_equal_columns(report):
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
     assert "deltaw run sentiment" in text
+    assert "Chosen by the run: scale 0.3." in text
+    assert "at 60 % of the parameters in linear layers, 81 % of the parameters and 81 % of the bytes" in text
 
 
 @pytest.mark.parametrize(

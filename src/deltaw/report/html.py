@@ -141,9 +141,18 @@ def _notes(results: Results, stage: str, meta: Mapping[str, Any]) -> list[tuple[
         paper = f" ({card['paper']})" if card.get("paper") else ""
         own = options.get(m) if stage == "adapt" and isinstance(options, Mapping) else None
         chosen = f"Options: {plain(own)}." if own else ""
-        if text or chosen:
-            found.append((m, " ".join(x for x in (f"{text}{paper}." if text else "", chosen) if x)))
+        tuned = _tuned(results, m) if stage == "merge" else {}
+        picked = f"Chosen by the run: {plain(tuned)}." if tuned else ""
+        said = " ".join(x for x in (f"{text}{paper}." if text else "", chosen, picked) if x)
+        if said:
+            found.append((m, said))
     return found
+
+
+def _tuned(results: Results, method: str) -> dict[str, float]:
+    """Options of a merge that the run chose itself: rows of domain "all" that are no measurement."""
+    rows = (r for r in results.rows if (r["stage"], r["method"], r["domain"]) == ("merge", method, "all"))
+    return {r["metric"]: float(r["value"]) for r in rows if r["metric"] not in ("accuracy", "params", "seconds")}
 
 
 def plain(value: Any) -> str:

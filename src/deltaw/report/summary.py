@@ -175,10 +175,9 @@ def compress(results: Results) -> list[str]:
     if best is None:
         return []
     value, dense = results.accuracy("compress", best, domain), results.accuracy("compress", DENSE, domain)
-    size, params = _ratio(results, best, "size_bytes"), _ratio(results, best, "params")
-    shares = [
-        f"{100 * r:.0f} % of the {what}" for r, what in ((params, "parameters"), (size, "bytes")) if r is not None
-    ]
+    known = (("linear_params", "parameters in linear layers"), ("params", "parameters"), ("size_bytes", "bytes"))
+    ratios = [(r, what) for metric, what in known if (r := _ratio(results, best, metric)) is not None]
+    shares = [f"{100 * r:.0f} % of the {what}" for r, what in ratios]
     text = f"`{best}` keeps the most accuracy: {f.percent(value.value)} %"  # type: ignore[union-attr]
     if dense is not None:
         gap = results.difference(("compress", best), ("compress", DENSE), domain)

@@ -150,7 +150,14 @@ def compress_table(results: Results, caption: str) -> Table:
     stage, methods = "compress", results.methods("compress")
     batches = results.batches(stage)
     columns = [Column("method", text=True), Column("accuracy", "%, mean"), Column("against dense", "points")]
-    columns += [Column("parameters"), Column("size"), *(Column(f"latency, batch {b}", "ms") for b in batches)]
+    extras = [
+        (Column("parameters", "all"), "params", f.count),
+        (Column("parameters", "linear layers"), "linear_params", f.count),
+        (Column("size", "as stored"), "size_bytes", f.size),
+        (Column("size", "dense form"), "dense_size_bytes", f.size),
+    ]
+    extras = [e for e in extras if any(results.get(stage, m, e[1]) for m in methods)]
+    columns += [*(e[0] for e in extras), *(Column("latency", f"ms, batch {b}") for b in batches)]
     table = Table("table-compress-cost", caption, columns, yardsticks=frozenset(REFERENCES))
     domain = "mean" if len(results.domains(stage)) != 1 else results.domains(stage)[0]
     marks = _marks(results, stage, domain, methods)
@@ -158,8 +165,7 @@ def compress_table(results: Results, caption: str) -> Table:
     for m in methods:
         row = [Cell(m, m), _accuracy_cell(results.accuracy(stage, m, domain), marks.get(m, ""))]
         against = results.difference((stage, m), (stage, DENSE), domain) if m != DENSE else None
-        row += [_points_cell(against), _extra(results, stage, m, "params", f.count)]
-        row.append(_extra(results, stage, m, "size_bytes", f.size))
+        row += [_points_cell(against), *(_extra(results, stage, m, metric, show) for _, metric, show in extras)]
         for b in batches:
             c = _extra(results, stage, m, "latency_ms", f.number, b)
             row.append(Cell(c.text, c.sort, c.note, speed[b].get(m, "")))
