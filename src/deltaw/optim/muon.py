@@ -20,7 +20,7 @@ from deltaw.optim.transforms import Momentum, Orthogonalize, ShapeScale
     title="Muon: an optimizer for hidden layers in neural networks",
     summary="the polar factor of the momentum matrix: steepest descent in the spectral norm",
     state="m*n",
-    cost={"flops": "4*(4*min(m,n)**2*max(m,n) + 2*min(m,n)**3)"},
+    cost={"flops": "5*(4*min(m,n)**2*max(m,n) + 2*min(m,n)**3)"},
     tags={"orthogonalized", "matrix"},
     peers={"torch": "optim.Muon", "pytorch_optimizer": "Muon"},
     default_lr=0.02,
@@ -40,7 +40,7 @@ class Muon(MatrixOptimizer):
         method, steps, coefficients, dtype: see `deltaw.linalg.orthogonalize`. `method="newton-schulz"` is the
             five-step iteration of torch.optim.Muon; the default is faster and closer to the polar factor.
 
-    State per matrix: mn numbers. Step: about 16·s²ℓ + 8·s³ operations, s the shorter and ℓ the longer side.
+    State per matrix: mn numbers. Step: at most 20·s²ℓ + 10·s³ operations, s the shorter and ℓ the longer side.
     """
 
     def __init__(

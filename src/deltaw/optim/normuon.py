@@ -20,7 +20,7 @@ from deltaw.optim.transforms import MatchRMS, Momentum, NeuronNorm, Orthogonaliz
     title="NorMuon: Making Muon more efficient and scalable",
     summary="orthogonalized momentum whose rows are scaled to equal running norms",
     state="m*n + m",
-    cost={"flops": "4*(4*min(m,n)**2*max(m,n) + 2*min(m,n)**3)"},
+    cost={"flops": "5*(4*min(m,n)**2*max(m,n) + 2*min(m,n)**3)"},
     tags={"orthogonalized", "matrix", "adaptive"},
     peers={"pytorch_optimizer": "NorMuon"},
     default_lr=0.02,
