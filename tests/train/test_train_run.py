@@ -44,7 +44,9 @@ def test_trains_saves_and_loads(tmp_path: Path, method: str, optimizer: str, opt
 
 def test_same_seed_same_weights():
     def weights() -> dict[str, torch.Tensor]:
-        trained = train(MODEL, {"train": ROWS[:20]}, method="lora", options=TrainOptions(epochs=1, batch_size=10, max_length=16))
+        trained = train(
+            MODEL, {"train": ROWS[:20]}, method="lora", options=TrainOptions(epochs=1, batch_size=10, max_length=16)
+        )
         return {n: p.detach() for n, p in trained.model.named_parameters() if p.requires_grad}
 
     first, second = weights(), weights()
@@ -55,7 +57,12 @@ def test_same_seed_same_weights():
 def test_the_best_epoch_by_validation_is_kept():
     # Validation labels are the opposite of the training labels: every epoch makes it worse, so the first is best.
     flipped = [{"text": r["text"], "label": 1 - r["label"]} for r in ROWS[:10]]
-    trained = train(MODEL, {"train": ROWS, "validation": flipped}, method="full", options=TrainOptions(epochs=3, batch_size=10, lr=3e-4, max_length=16))
+    trained = train(
+        MODEL,
+        {"train": ROWS, "validation": flipped},
+        method="full",
+        options=TrainOptions(epochs=3, batch_size=10, lr=3e-4, max_length=16),
+    )
     scores = [h["eval_accuracy"] for h in trained.result.history if "eval_accuracy" in h]
     assert trained.result.best_epoch == 1 + scores.index(max(scores))
     assert evaluate(trained.model, trained.tokenizer, flipped, max_length=16).accuracy == pytest.approx(max(scores))
@@ -73,7 +80,12 @@ def test_bad_requests_are_refused_before_work(tmp_path: Path):
     with pytest.raises(CheckpointError):
         load(tmp_path / "nothing")
     with pytest.raises(NonFiniteError):
-        train(MODEL, {"train": ROWS}, method="full", options=TrainOptions(epochs=3, lr=1e30, batch_size=10, max_length=16, clip=0.0))
+        train(
+            MODEL,
+            {"train": ROWS},
+            method="full",
+            options=TrainOptions(epochs=3, lr=1e30, batch_size=10, max_length=16, clip=0.0),
+        )
     assert not list(tmp_path.iterdir())
 
 

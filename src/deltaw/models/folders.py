@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from deltaw.errors import CheckpointError, OptionError
+from deltaw.errors import CheckpointError, DeltawError, OptionError
 
 RESUME_FILE = "resume.json"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
@@ -32,7 +32,7 @@ def atomic_folder(
 
     An existing `OUT` is left as it is until the new folder is complete. When the block fails, `OUT.partial` is
     removed, unless `resume_key` is given: then it stays, with the key in `resume.json`, and the next call with an
-    equal key gets it back as it was left.
+    equal key gets it back as it was left. Bad input (a DeltawError that is not about the disk) always removes it.
 
     Args:
         out: the folder to make; its parents are created.
@@ -59,19 +59,20 @@ def atomic_folder(
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
-    lock = _lock(partial)
+    lock, ours = _lock(partial), False
     try:
         with disk_errors(out):
             if key is None or resume == "never" or not _continues(partial, key):
                 _empty(partial)
                 if key is not None:
                     (partial / RESUME_FILE).write_text(json.dumps(key, indent=1))
+        ours = True
         with disk_errors(out, kept=partial if key is not None else None):
             yield partial
             _publish(partial, out, old, overwrite)
             (out / RESUME_FILE).unlink(missing_ok=True)  # last, so that a failed rename can still be continued
-    except BaseException:
-        if key is None:
+    except BaseException as e:
+        if key is None or (ours and _cannot_continue(e)):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
@@ -97,6 +98,12 @@ def disk_errors(target: Path, kept: Path | None = None) -> Iterator[None]:
             f"could not write {name or target}: {reason} ({free_bytes(target):,} bytes are free); {left}. "
             "Free some space or choose another output folder."
         ) from e
+
+
+def _cannot_continue(error: BaseException) -> bool:
+    """Bad input (a NaN, a corrupt file): the same command would fail again, so a part of its output helps no one."""
+    cause = error.__cause__
+    return isinstance(error, DeltawError) and (cause is None or disk_reason(cause) is None)
 
 
 def disk_reason(error: BaseException) -> str | None:
