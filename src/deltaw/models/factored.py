@@ -191,7 +191,9 @@ def load_factored(path: str | Path, task: str = "auto") -> nn.Module:
         try:
             config = transformers.AutoConfig.for_model(**content)
             with quiet(), init_empty_weights(include_buffers=False):
-                model = auto_class(task, config).from_config(config)
+                cls = auto_class(task, config)
+                # An Auto class builds by `from_config`, a model class (the mean-pooled one) by its private twin.
+                model = (cls.from_config if hasattr(cls, "from_config") else cls._from_config)(config)
         except Exception as e:
             raise CheckpointError(f"{path}/config.json does not describe a model that can be built: {e}") from e
         model.tie_weights()

@@ -1,4 +1,4 @@
-"""What every stage of a run shares: the recipe, its data, the base model with the one head, and the results so far."""
+"""What every cell of a run may use: the recipe, its sentences, the base model with the one head."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 from deltaw.demo import DOMAINS, Split, domain_split
 from deltaw.errors import OptionError, unknown_name
-from deltaw.models import inventory, load_pretrained, load_tokenizer
-from deltaw.recipes.cells import Cell, Cells, fingerprint
+from deltaw.models import Statistics, capture, find_sites, inventory, load_pretrained, load_tokenizer
+from deltaw.recipes.cells import Job, fingerprint
 from deltaw.recipes.schema import Recipe
-from deltaw.train import TaskData, classifier_inputs, evaluate, fit_probe, head_sites, save_model
+from deltaw.train import TaskData, batches, classifier_inputs, evaluate, fit_probe, head_sites, save_model, tokenise
 
 #: label names of the rated domains, in order
 LABELS = ["negative", "positive"]
@@ -23,15 +23,12 @@ LABELS = ["negative", "positive"]
 
 @dataclass
 class Context:
-    """One run. Rows, predictions and spectra collect in the order of the stages."""
+    """One run's recipe and data, built alike in every process."""
 
     recipe: Recipe
-    cells: Cells
+    root: Path
     demo_data: str | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    predictions: dict[str, list[int]] = field(default_factory=dict)
-    spectra: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    #: decompositions of the base's matrices, made once for all models that are inspected
+    #: decompositions of the base's matrices, made once for all models that this process inspects
     base_spectra: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,6 +42,11 @@ class Context:
     def domains(self) -> list[str]:
         return self.recipe.data.domains
 
+    @property
+    def base(self) -> Path:
+        """Folder of the base with the head that all tasks start from."""
+        return self.root / "base"
+
     @functools.cached_property
     def splits(self) -> dict[str, Split]:
         d = self.recipe.data
@@ -56,82 +58,76 @@ class Context:
     def task(self, domain: str) -> TaskData:
         """The training task of a domain. Its validation sentences are kept for choices between merged models."""
         s = self.splits[domain]
-        return TaskData(
-            "classification", s.train, [], s.test, LABELS, {"text": "text", "label": "label"}, f"demo:{domain}"
-        )
+        columns = {"text": "text", "label": "label"}
+        return TaskData("classification", s.train, [], s.test, LABELS, columns, f"demo:{domain}")
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.recipe.model)
 
-    @functools.cached_property
-    def base(self) -> Cell:
-        """The base with the head that all tasks start from, as a plain model folder."""
+    def score(self, model: nn.Module, domain: str, part: str = "test") -> Any:
+        """The model's evaluation on the test or validation sentences of a domain."""
+        examples = getattr(self.splits[domain], part)
+        return evaluate(model, self.tokenizer, examples, max_length=self.recipe.data.max_length)
 
-        def work(folder: Path) -> dict[str, Any]:
-            net = load_pretrained(
-                self.recipe.model,
-                task="classification",
-                seed=self.recipe.head.seed,
-                pooling=self.recipe.pooling,
-                num_labels=len(LABELS),
-                id2label=dict(enumerate(LABELS)),
-                label2id={n: i for i, n in enumerate(LABELS)},
-            )
-            if self.recipe.head.init == "probe":
-                self._fit_head(net)
-            save_model(net, folder)
-            self.tokenizer.save_pretrained(folder)
-            return {"params": sum(p.numel() for p in net.parameters())}
+    def correct(self, model: nn.Module) -> dict[str, list[int]]:
+        """Per domain, 1 for every test sentence the model labels right."""
+        return {d: list(self.score(model, d).correct) for d in self.domains}
 
-        head = self.recipe.head
-        seen = self.data_key(*self.domains) if head.init == "probe" else []
-        return self.cells.make(
-            "base", fingerprint(self.recipe.model, self.recipe.pooling, head.model_dump(), seen), work
+    def batches(self, examples: list[dict[str, Any]], size: int = 64) -> list[Any]:
+        """Padded batches of sentences without their labels."""
+        rows = tokenise(
+            [{"text": e["text"]} for e in examples], self.tokenizer, "classification", self.recipe.data.max_length
         )
+        return [b for _, b in batches(rows, self.tokenizer, "classification", size)]
 
-    def _fit_head(self, net: nn.Module) -> None:
-        """Set the classifier to the logistic regression over all domains together."""
-        (head,) = [s for s in head_sites(inventory(net)) if s.role == "head"]
-        classifier = net.get_submodule(head.module)
-        examples = [e for d in self.domains for e in self.splits[d].train[: self.recipe.head.sentences]]
-        seen = classifier_inputs(net, classifier, self.tokenizer, examples, max_length=self.recipe.data.max_length)
-        labels = torch.tensor([e["label"] for e in examples])
-        fitted = fit_probe(seen, labels, classes=len(LABELS), grid=(0.01, 0.1, 1.0), folds=3, seed=self.recipe.seed)
-        with torch.no_grad():
-            classifier.weight.copy_(fitted.weight)
-            classifier.bias.copy_(fitted.bias)
+    def calibration(self, folder: Path, kinds: tuple[str, ...]) -> Statistics:
+        """Moments of a model's activations on training sentences, equally many of each domain; kept for the last model."""
+        if self._calibrated is None or self._calibrated[0] != (folder, kinds):
+            assert self.recipe.compress is not None
+            each = max(1, self.recipe.compress.calibration // len(self.domains))
+            examples = [e for d in self.domains for e in self.splits[d].train[:each]]
+            net = load_pretrained(folder, task="classification")
+            self._calibrated = ((folder, kinds), capture(net, find_sites(net), self.batches(examples), kinds=kinds))
+        return self._calibrated[1]
+
+    _calibrated: tuple[tuple[Path, tuple[str, ...]], Statistics] | None = None
 
     def data_key(self, *parts: str) -> list[Any]:
         """The part of a cell's key that says which sentences it saw."""
         d = self.recipe.data
         return [d.train, d.validation, d.test, d.max_length, self.recipe.seed, *parts]
 
-    def row(self, stage: str, method: str, domain: str, metric: str, value: float, **more: Any) -> None:
-        """Add one result row."""
-        self.rows.append(
-            {
-                "stage": stage,
-                "method": method,
-                "domain": domain,
-                "metric": metric,
-                "value": value,
-                "seed": self.recipe.seed,
-                **more,
-            }
-        )
+    @property
+    def base_job(self) -> Job:
+        """The job that makes `base`."""
+        head = self.recipe.head
+        seen = self.data_key(*self.domains) if head.init == "probe" else []
+        return Job("base", fingerprint(self.recipe.model, self.recipe.pooling, head.model_dump(), seen), make_base)
 
-    def score(self, model: nn.Module, domain: str, part: str = "test") -> Any:
-        """The model's evaluation on the test or validation sentences of a domain."""
-        return evaluate(
-            model, self.tokenizer, getattr(self.splits[domain], part), max_length=self.recipe.data.max_length
-        )
 
-    def accuracy_rows(self, stage: str, method: str, correct: dict[str, list[int]]) -> None:
-        """Rows of accuracy per domain and their mean, and the predictions behind them."""
-        shares = []
-        for domain, hits in correct.items():
-            shares.append(sum(hits) / len(hits))
-            self.row(stage, method, domain, "accuracy", shares[-1], n=len(hits))
-            self.predictions[f"{stage}/{method}/{domain}"] = hits
-        self.row(stage, method, "mean", "accuracy", sum(shares) / len(shares), n=sum(len(h) for h in correct.values()))
+def make_base(ctx: Context, folder: Path) -> dict[str, Any]:
+    """The base model as a plain folder, its head random or fitted to all domains together."""
+    recipe = ctx.recipe
+    net = load_pretrained(
+        recipe.model,
+        task="classification",
+        seed=recipe.head.seed,
+        pooling=recipe.pooling,
+        num_labels=len(LABELS),
+        id2label=dict(enumerate(LABELS)),
+        label2id={n: i for i, n in enumerate(LABELS)},
+    )
+    if recipe.head.init == "probe":
+        (head,) = [s for s in head_sites(inventory(net)) if s.role == "head"]
+        classifier = net.get_submodule(head.module)
+        examples = [e for d in ctx.domains for e in ctx.splits[d].train[: recipe.head.sentences]]
+        seen = classifier_inputs(net, classifier, ctx.tokenizer, examples, max_length=recipe.data.max_length)
+        labels = torch.tensor([e["label"] for e in examples])
+        fitted = fit_probe(seen, labels, classes=len(LABELS), grid=(0.01, 0.1, 1.0), folds=3, seed=recipe.seed)
+        with torch.no_grad():
+            classifier.weight.copy_(fitted.weight)
+            classifier.bias.copy_(fitted.bias)
+    save_model(net, folder)
+    ctx.tokenizer.save_pretrained(folder)
+    return {"params": sum(p.numel() for p in net.parameters())}

@@ -24,11 +24,12 @@ from deltaw.errors import OptionError, unknown_name
 from deltaw.recipes.cells import Cell, Cells, fingerprint
 from deltaw.recipes.context import Context
 from deltaw.recipes.schema import Recipe, load_recipe
-from deltaw.recipes.stages import PROBE, adapt_stage, compress_stage, inspect_stage, merge_stage
+from deltaw.recipes.stages import PROBE, Findings, adapt_stage, compress_stage, inspect_stage, merge_stage
 from deltaw.report import build_report
 from deltaw.train import check_method
 
 RUN = "run.json"
+TIMINGS = "timings.json"
 OWN = ("base", "adapt", "merge", "compress", "inspect")
 
 
@@ -76,29 +77,53 @@ def run(
     if plan.threads:
         torch.set_num_threads(plan.threads)
     began = time.monotonic()
-    cells = Cells(folder, progress or (lambda name, cell: None))
-    ctx = Context(plan, cells, str(demo_data) if demo_data else None)
+    specification = (plan, folder.resolve(), str(demo_data) if demo_data else None)
+    ctx = Context(*specification)
+    found = Findings(plan.seed)
     timings: dict[str, float] = {}
+    workers = plan.workers or default_workers()
+    with Cells(folder.resolve(), Context, specification, workers, progress or (lambda name, cell: None)) as cells:
 
-    def timed(stage: str, work: Callable[[], Any]) -> Any:
-        first = len(cells.done)
-        result = work()
-        # Cells know how long they took when they were made, also when this run only reads them.
-        timings[stage] = sum(c.seconds for c in cells.done[first:])
-        return result
+        def timed(stage: str, stage_work: Callable[[], Any]) -> Any:
+            began_stage = time.monotonic()
+            result = stage_work()
+            timings[stage] = time.monotonic() - began_stage
+            return result
 
-    adapted = timed("adapt", lambda: adapt_stage(ctx))
-    if plan.merge:
-        merged, best = timed("merge", lambda: merge_stage(ctx, adapted))
-        if plan.compress:
-            timed("compress", lambda: compress_stage(ctx, merged, best))
-    if plan.inspect:
-        timed("inspect", lambda: inspect_stage(ctx, adapted))
-    meta = _meta(ctx, mode, timings, str(recipe), folder)
+        adapted = timed("adapt", lambda: adapt_stage(ctx, cells, found))
+        if plan.merge:
+            merged = timed("merge", lambda: merge_stage(ctx, cells, found, adapted))
+            if plan.compress:
+                timed("compress", lambda: compress_stage(ctx, cells, found, merged))
+        if plan.inspect:
+            timed("inspect", lambda: inspect_stage(ctx, cells, found, adapted))
+    timings = _kept_timings(folder, timings, cells)
+    meta = _meta(plan, workers, mode, timings, str(recipe), folder)
     report = build_report(
-        folder, ctx.rows, meta=meta, predictions=ctx.predictions, spectra=ctx.spectra, title=plan.title or plan.name
+        folder,
+        found.rows,
+        meta=meta,
+        predictions=found.predictions,
+        spectra=found.spectra,
+        title=plan.title or plan.name,
     )
-    return RunResult(Path(report), ctx.rows, time.monotonic() - began, sum(c.reused for c in cells.done))
+    return RunResult(Path(report), found.rows, time.monotonic() - began, sum(c.reused for c in cells.done))
+
+
+def default_workers() -> int:
+    """Two processes on a machine without a GPU and with two cores or more, else one."""
+    return 2 if not torch.cuda.is_available() and torch.get_num_threads() > 1 else 1
+
+
+def _kept_timings(folder: Path, timings: dict[str, float], cells: Cells) -> dict[str, float]:
+    """Wall seconds per stage, added up over the sessions of a resumed run; a run that made nothing adds nothing."""
+    file = folder / TIMINGS
+    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if all(c.reused for c in cells.done):
+        return held or timings
+    total = {stage: held.get(stage, 0.0) + seconds for stage, seconds in timings.items()}
+    file.write_text(json.dumps(total) + "\n", encoding="utf-8")
+    return total
 
 
 def _check_methods(plan: Recipe) -> None:
@@ -121,6 +146,7 @@ def _claim(folder: Path, plan: Recipe, mode: str, resume: str) -> None:
         if resume == "never":
             for name in OWN:
                 shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / TIMINGS).unlink(missing_ok=True)
         else:
             held = json.loads(file.read_text(encoding="utf-8"))
             if fingerprint(held) != fingerprint(mine):
@@ -148,9 +174,10 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [f"{path}: {a!r} there, {b!r} now"]
 
 
-def _meta(ctx: Context, mode: str, timings: dict[str, float], recipe: str, folder: Path) -> dict[str, Any]:
+def _meta(
+    plan: Recipe, workers: int, mode: str, timings: dict[str, float], recipe: str, folder: Path
+) -> dict[str, Any]:
     """What the report says about the run itself."""
-    plan = ctx.recipe
     flags = {"default": [], "quick": ["--quick"], "full": ["--full"]}[mode]
     command = ["deltaw", "run", recipe, *flags, "--seed", str(plan.seed), "--out", str(folder)]
     packages = ("deltaw", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")

@@ -101,6 +101,7 @@ class Recipe(_Part):
     pooling: Literal["mean"] | None = None
     seed: int = 0
     threads: int | None = Field(default=None, gt=0)
+    workers: int | None = Field(default=None, gt=0)
     data: DataPart
     head: HeadPart = HeadPart()
     adapt: list[AdaptPart] = Field(min_length=1)
