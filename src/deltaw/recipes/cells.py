@@ -131,15 +131,22 @@ class Cells:
         self.report(job.name, fresh)
         return fresh
 
-    def _in_processes(self, jobs: Sequence[Job]) -> Any:
-        """Each job as it ends. The first error ends the run."""
-        if self._pool is None:
+    def warm_up(self) -> None:
+        """Start the processes now, so that they load their libraries while this one makes the first cell."""
+        if self.workers > 1 and self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self.workers,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start,
                 initargs=(self.context_of, self.specification, max(1, torch.get_num_threads() // self.workers)),
             )
+            for _ in range(self.workers):
+                self._pool.submit(_import)
+
+    def _in_processes(self, jobs: Sequence[Job]) -> Any:
+        """Each job as it ends. The first error ends the run."""
+        self.warm_up()
+        assert self._pool is not None
         futures: dict[Future[None], Job] = {self._pool.submit(_work, self.root, job): job for job in jobs}
         for future in as_completed(futures):
             future.result()
@@ -162,6 +169,13 @@ def _start(context_of: Callable[..., Any], specification: tuple[Any, ...], threa
         threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(threads)
     _context = context_of(*specification)
+
+
+def _import() -> None:
+    """Load what the jobs need but for the model: transformers' Trainer takes seconds to import."""
+    from transformers import Trainer
+
+    assert Trainer is not None
 
 
 def _work(root: Path, job: Job) -> None:

@@ -41,6 +41,8 @@ class Findings:
 
 def adapt_stage(ctx: Context, cells: Cells, found: Findings) -> Adapted:
     """Every adaptation of the recipe on every domain."""
+    if not (ctx.root / "base").exists():
+        cells.warm_up()
     (base,) = cells.make(ctx, [ctx.base_job])
     jobs = {}
     for part in ctx.recipe.adapt:

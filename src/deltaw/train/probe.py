@@ -121,7 +121,7 @@ def fit_probe(
     labels: Tensor,
     *,
     classes: int | None = None,
-    grid: Sequence[float] = (0.3, 1, 3, 10, 30),
+    grid: Sequence[float] = (0.3, 1, 3, 10),
     folds: int = 5,
     seed: int = 0,
 ) -> Probe:
