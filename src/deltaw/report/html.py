@@ -19,7 +19,7 @@ from deltaw.report.spectra import Spectra, check_spectra
 from deltaw.report.tables import Table
 
 _INTRO = {
-    "adapt": "Each structure on ΔW is trained for each domain on a frozen base, with one head initialisation for all.",
+    "adapt": "Each method adapts the one base, with one head initialisation, to each domain.",
     "merge": "The tuned models, one per domain, become one model; their heads are averaged and this one head is scored.",
     "compress": "The linear layers of the merged model shrink under one budget of parameters.",
     "inspect": "What the tuning did to the weights: the spectrum of ΔW = W_tuned − W_base, matrix by matrix.",
