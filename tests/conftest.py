@@ -27,7 +27,12 @@ def evidence(request: pytest.FixtureRequest):
 
     def record(method: str, *, kind: str, peer: str, error: float) -> None:
         assert kind in ("parity", "closed form", "paper only")
-        entry = {"kind": kind, "peer": peer, "error": float(f"{float(error):.2g}"), "test": request.node.nodeid.split("[")[0]}
+        entry = {
+            "kind": kind,
+            "peer": peer,
+            "error": float(f"{float(error):.2g}"),
+            "test": request.node.nodeid.split("[")[0],
+        }
         held = _records.setdefault(method, {})
         key = (kind, peer)
         if key not in held or held[key]["error"] < entry["error"]:
@@ -39,6 +44,8 @@ def evidence(request: pytest.FixtureRequest):
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if not session.config.getoption("--write-evidence") or exitstatus != 0:
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     record = {m: [dict(e, commit=commit) for _, e in sorted(held.items())] for m, held in sorted(_records.items())}
     _EVIDENCE.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -53,7 +53,9 @@ def test_formulas(m: int, n: int, r: int):
     value = catalogue.evaluate_formula
     assert value("r*(m+n)", m=m, n=n, r=r) == r * (m + n)
     assert value("rank*(m+n)", m=m, n=n, r=r) == r * (m + n)
-    assert value("min(m,n)//r if r > 1 else max(m, n)**2", m=m, n=n, r=r) == (min(m, n) // r if r > 1 else max(m, n) ** 2)
+    assert value("min(m,n)//r if r > 1 else max(m, n)**2", m=m, n=n, r=r) == (
+        min(m, n) // r if r > 1 else max(m, n) ** 2
+    )
 
 
 @pytest.mark.parametrize("formula", ["__import__('os')", "m.__class__", "[1]", "q + 1", "(lambda: 1)()"])

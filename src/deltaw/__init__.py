@@ -14,45 +14,60 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from deltaw.adapters import adapt, export_lora, fold, load_adapter, save_adapter, set_active  # type: ignore[no-redef]
+    from deltaw.errors import DeltawError
+    from deltaw.optim import explain, hf_factory, optimizer  # type: ignore[no-redef]
+    from deltaw.recipes import run  # type: ignore[no-redef]
+    from deltaw.train import load  # type: ignore[no-redef]
+
 __version__ = "0.1.0"
 
-#: verb -> (room, name in that room)
-_VERBS: dict[str, tuple[str, str]] = {
-    "adapt": ("deltaw.adapters", "adapt"),
-    "save_adapter": ("deltaw.adapters", "save_adapter"),
-    "load_adapter": ("deltaw.adapters", "load_adapter"),
-    "fold": ("deltaw.adapters", "fold"),
-    "export_lora": ("deltaw.adapters", "export_lora"),
-    "optimizer": ("deltaw.optim", "optimizer"),
-    "explain": ("deltaw.optim", "explain"),
-    "hf_factory": ("deltaw.optim", "hf_factory"),
-    "merge": ("deltaw.merge", "merge"),
-    "compress": ("deltaw.compress", "compress"),
-    "load": ("deltaw.train", "load"),
-    "inspect": ("deltaw.inspect", "inspect"),
-    "train": ("deltaw.train", "train"),
-    "run": ("deltaw.recipes", "run"),
-    "DeltawError": ("deltaw.errors", "DeltawError"),
+__all__ = [
+    "DeltawError",
+    "__version__",
+    "adapt",
+    "compress",
+    "explain",
+    "export_lora",
+    "fold",
+    "hf_factory",
+    "inspect",
+    "load",
+    "load_adapter",
+    "merge",
+    "optimizer",
+    "run",
+    "save_adapter",
+    "set_active",
+    "train",
+]
+
+#: verb -> the room that has it
+_VERBS: dict[str, str] = {
+    "DeltawError": "errors",
+    "adapt": "adapters",
+    "explain": "optim",
+    "export_lora": "adapters",
+    "fold": "adapters",
+    "hf_factory": "optim",
+    "load": "train",
+    "load_adapter": "adapters",
+    "optimizer": "optim",
+    "run": "recipes",
+    "save_adapter": "adapters",
+    "set_active": "adapters",
 }
-
-__all__ = ["__version__", *_VERBS]  # noqa: PLE0604
-
-if TYPE_CHECKING:
-    from deltaw.adapters import adapt, export_lora, fold, load_adapter, save_adapter
-    from deltaw.compress import compress
-    from deltaw.errors import DeltawError
-    from deltaw.inspect import inspect
-    from deltaw.merge import merge
-    from deltaw.optim import explain, hf_factory, optimizer
-    from deltaw.recipes import run
-    from deltaw.train import load, train
+#: rooms that are called by their own verb
+_CALLABLE = ("compress", "inspect", "merge", "train")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CALLABLE:
+        return importlib.import_module(f"deltaw.{name}")
     if name not in _VERBS:
         raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
-    room, attribute = _VERBS[name]
-    return getattr(importlib.import_module(room), attribute)
+    return getattr(importlib.import_module(f"deltaw.{_VERBS[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.common import Json, OptionList, Seed, parse_options, print_json, progress_wanted, say, split_names
+from deltaw.cli.common import (
+    Json,
+    OptionList,
+    Seed,
+    leave_group,
+    parse_options,
+    print_json,
+    progress_wanted,
+    say,
+    split_names,
+)
 
 
 def command(
@@ -105,6 +115,7 @@ def command(
         progress=progress_wanted(),
         overwrite=overwrite,
     )
+    leave_group()
     if as_json:
         print_json({"out": out, **trained.record})
         return

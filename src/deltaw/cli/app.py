@@ -10,6 +10,7 @@ import typer
 
 from deltaw import __version__
 from deltaw.cli import adapt, compress, evaluate, explain, export, inspect, merge, methods, run
+from deltaw.cli.common import await_first_process
 
 app = typer.Typer(
     name="deltaw",
@@ -65,5 +66,6 @@ def main() -> None:
 
         if os.environ.get("DELTAW_DEBUG") == "1" or not isinstance(e, (DeltawError, OSError)):
             raise
+        await_first_process()
         typer.secho(f"error: {e}", fg="red", err=True)
         sys.exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -23,6 +24,24 @@ OptionList = Annotated[
 def main_process() -> bool:
     """False on all but the first process of a distributed launch."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def await_first_process(seconds: float = 10.0) -> None:
+    """Let the first process of a launch report an error that all of them meet.
+
+    Its launcher then ends the others, this one within the wait: the message appears once. Who is still there after
+    it has an error of its own to report.
+    """
+    if not main_process():
+        time.sleep(seconds)
+
+
+def leave_group() -> None:
+    """Close the connections between the processes of a launch."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def print_json(data: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.common import Json, print_json, say, show
+from deltaw.cli.common import Json, print_json, say
 
 app = typer.Typer(help="Export a trained structure as a plain LoRA or as folded weights.", no_args_is_help=True)
 Adapter = Annotated[str, typer.Argument(help="Adapter folder.")]
@@ -33,7 +33,7 @@ def lora(
     if as_json:
         print_json({"out": out, **report.as_dict()})
     else:
-        show(report.table())
+        say(str(report))
         say(out)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +39,7 @@ def command(
     settings = parse_options(option)
     card = catalogue.get(method, "merge")
     catalogue.check_options(card, settings)
-    rules = {
+    rules: dict[str, Any] = {
         "weights": weight or None,
         "dtype": dtype,
         "threads": threads,

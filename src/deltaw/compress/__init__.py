@@ -5,6 +5,7 @@ save_compressed(model, "small")                 # factored, read by deltaw.compr
 save_compressed(model, "plain", dense=True)     # multiplied out, read by transformers
 """
 
+from deltaw._callable import make_callable
 from deltaw.compress.base import Compressor, Decomposition, Factors, Layer
 from deltaw.compress.engine import compress
 from deltaw.compress.lord import LORD
@@ -30,3 +31,5 @@ __all__ = [
     "load",
     "save_compressed",
 ]
+
+make_callable(__name__, compress)

@@ -4,6 +4,7 @@ found = inspect(base, tuned)
 print(found.table()); found.save_json("inspect.json"); found.plots("figures")
 """
 
+from deltaw._callable import make_callable
 from deltaw.inspect.change import BaseSVD, change
 from deltaw.inspect.inspection import Inspection, inspect
 from deltaw.inspect.intruder import Intruders, intruder, repair_intruders, repair_lora
@@ -21,3 +22,5 @@ __all__ = [
     "repair_intruders",
     "repair_lora",
 ]
+
+make_callable(__name__, inspect)

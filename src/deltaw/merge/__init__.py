@@ -4,6 +4,7 @@
 `MergeMethod` (every tensor alike) or a `MatrixMethod` (hidden matrices, with a rule for the rest) with a card.
 """
 
+from deltaw._callable import make_callable
 from deltaw.merge import iso_c, linear, task_arithmetic, ties  # noqa: F401  (registers the methods)
 from deltaw.merge.api import merge, plan
 from deltaw.merge.base import (
@@ -35,3 +36,5 @@ __all__ = [
     "plan",
     "weighted_sum",
 ]
+
+make_callable(__name__, merge)

@@ -109,7 +109,7 @@ class Context:
 def make_base(ctx: Context, folder: Path) -> dict[str, Any]:
     """The base model as a plain folder, its head random or fitted to all domains together."""
     recipe = ctx.recipe
-    net = load_pretrained(
+    net: Any = load_pretrained(
         recipe.model,
         task="classification",
         seed=recipe.head.seed,

@@ -190,7 +190,7 @@ def _overlay(base: Any, change: Any) -> Any:
     return change
 
 
-def _explain(name: str, tree: yaml.Node, problem: Any, prefix: tuple[str, ...]) -> str:
+def _explain(name: str, tree: yaml.Node | None, problem: Any, prefix: tuple[str, ...]) -> str:
     """One sentence for one schema error."""
     path = tuple(problem["loc"])
     line = next((n for n in (_line(tree, prefix + path), _line(tree, path), _line(tree, path[:-1])) if n), 1)

@@ -1,5 +1,6 @@
 """Data loading, training on transformers.Trainer, scoring and loading what was trained."""
 
+from deltaw._callable import make_callable
 from deltaw.train.data import TaskData, load_data
 from deltaw.train.evaluate import Evaluation, class_logits, evaluate
 from deltaw.train.load import load, read_record
@@ -46,3 +47,5 @@ __all__ = [
     "train",
     "train_model",
 ]
+
+make_callable(__name__, train)

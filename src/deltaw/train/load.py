@@ -47,7 +47,7 @@ def load(path: str | Path, task: str = "auto", *, base: str | Path | None = None
     if not origin:
         raise CheckpointError(f"adapter {folder} does not say which base model it belongs to; give it with base=")
     labels = (record or {}).get("label_names") or []
-    overrides = (
+    overrides: dict[str, Any] = (
         {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),

@@ -47,7 +47,7 @@ def mean_pooled_features(
 ) -> Tensor:
     """Mean over the unmasked tokens of the last hidden state, scaled to unit length: [N, hidden] float32."""
     rows = tokenise([{"text": e["text"]} for e in examples], tokenizer, "classification", max_length)
-    base = getattr(encoder, encoder.base_model_prefix, encoder) if hasattr(encoder, "base_model_prefix") else encoder
+    base: Any = getattr(encoder, str(getattr(encoder, "base_model_prefix", "")), encoder)
     device = next(encoder.parameters()).device
     training = encoder.training
     encoder.eval()

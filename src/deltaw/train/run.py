@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deltaw import catalogue
-from deltaw.errors import OptionError, unknown_name
+from deltaw.errors import CheckpointError, OptionError, unknown_name
 from deltaw.models import (
     MATRIX_ROLES,
     Site,
@@ -90,7 +90,7 @@ def train(
             "id2label": dict(enumerate(names)),
             "label2id": {n: i for i, n in enumerate(names)},
         }
-    net = load_pretrained(model, task=loaded.task, seed=o.seed, pooling=pooling, **overrides)
+    net: Any = load_pretrained(model, task=loaded.task, seed=o.seed, pooling=pooling, **overrides)
     tokenizer = load_tokenizer(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -134,8 +134,8 @@ def train(
         "evaluation": evaluation.as_dict() if evaluation else None,
     }
     trained = TrainedModel(net, tokenizer, loaded, record, result, evaluation)
-    if out is not None and _main_process():
-        trained.folder = save(trained, out, overwrite=overwrite)
+    if out is not None:
+        trained.folder = save_once(trained, out, overwrite=overwrite)
     return trained
 
 
@@ -224,15 +224,31 @@ def save(trained: TrainedModel, out: str | Path, overwrite: bool = False) -> Pat
     return Path(out)
 
 
+def save_once(trained: TrainedModel, out: str | Path, overwrite: bool = False) -> Path:
+    """`save` by the first process of a launch; the others return when the folder is complete.
+
+    Raises:
+        CheckpointError: on every process, when the first could not write.
+    """
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return save(trained, out, overwrite=overwrite)
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            save(trained, out, overwrite=overwrite)
+        except Exception as e:
+            failure = e
+    reason = [None if failure is None else str(failure)]
+    dist.broadcast_object_list(reason, src=0)
+    if failure is not None:
+        raise failure
+    if reason[0] is not None:
+        raise CheckpointError(f"the first process could not write {out}: {reason[0]}")
+    return Path(out)
+
+
 def save_model(net: nn.Module, folder: str | Path) -> None:
     """`save_pretrained` without transformers' own progress bars."""
     with quiet():
         net.save_pretrained(folder)  # type: ignore[operator]
-
-
-def _main_process() -> bool:
-    return (
-        not torch.distributed.is_available()
-        or not torch.distributed.is_initialized()
-        or torch.distributed.get_rank() == 0
-    )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -93,10 +94,10 @@ def train_model(
     settings = dict(optimizer_options or {})
     if o.lr is not None:
         settings["lr"] = o.lr
-    factory = hf_factory(optimizer, **settings)
+    factory: Any = hf_factory(optimizer, **settings)
 
     def accuracy(p: EvalPrediction) -> dict[str, float]:
-        return {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
+        return {"accuracy": float((np.asarray(p.predictions).argmax(-1) == p.label_ids).mean())}
 
     with tempfile.TemporaryDirectory(prefix="deltaw-") as folder, _quiet(progress):
         arguments = TrainingArguments(
@@ -123,6 +124,9 @@ def train_model(
             dataloader_pin_memory=False,
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,
+            # Processes must draw one order of the examples: by a generator that accelerate keeps equal on all, not by
+            # the global one, which dropout on the CPU moves apart.
+            accelerator_config={"use_seedable_sampler": False},
         )
         best = _keep_best(task)
         trainer = Trainer(
@@ -132,6 +136,7 @@ def train_model(
             eval_dataset=held,
             data_collator=collator(tokenizer, task),
             processing_class=tokenizer,
+            compute_loss_func=class_loss if task == "classification" else None,
             compute_metrics=accuracy if task == "classification" and held else None,
             optimizer_cls_and_kwargs=factory,
             callbacks=[best] if held and o.keep_best else [],
@@ -151,6 +156,21 @@ def train_model(
         {k: float(v) for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history
     ]
     return TrainResult(done.global_step, seconds, done.training_loss, best.epoch, history)
+
+
+def class_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross entropy, this batch's share of the mean over the `num_items_in_batch` examples of one step.
+
+    Classifiers of transformers give the mean over their own batch whatever they are told about the step; Trainer
+    takes it for a share, so that accumulation and several processes would multiply the gradient by their number.
+    """
+    mean = nn.functional.cross_entropy(outputs.logits.float(), labels)
+    if num_items_in_batch is None:
+        return mean
+    # Under DataParallel the number comes once per device, and Trainer multiplies by the number of devices.
+    return mean * (len(labels) / torch.as_tensor(num_items_in_batch).sum())
 
 
 def _keep_best(task: str) -> Any:
