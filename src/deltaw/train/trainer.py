@@ -125,7 +125,7 @@ def train_model(
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,
             # Processes must draw one order of the examples: by a generator that accelerate keeps equal on all, not by
-            # the global one, which dropout on the CPU moves apart.
+            # the global one, which draws of dropout in unequal batches may move apart.
             accelerator_config={"use_seedable_sampler": False},
         )
         best = _keep_best(task)
