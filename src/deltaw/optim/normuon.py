@@ -62,6 +62,7 @@ class NorMuon(MatrixOptimizer):
         dtype: torch.dtype | None = None,
         **base: Unpack[BaseOptions],
     ) -> None:
+        by_shape, by_rms = ShapeScale(scale), MatchRMS(rms)  # both checked, whichever is used
         super().__init__(
             params,
             lr=lr,
@@ -70,7 +71,7 @@ class NorMuon(MatrixOptimizer):
                 Momentum(momentum, nesterov),
                 Orthogonalize(method, steps, coefficients, dtype),
                 NeuronNorm(beta2, eps, preserve_norm),
-                ShapeScale(scale) if preserve_norm else MatchRMS(rms),
+                by_shape if preserve_norm else by_rms,
             ],
             **base,
         )
