@@ -64,6 +64,12 @@ def test_every_verb_exists():
         assert callable(getattr(deltaw, verb)), verb
 
 
+def test_every_room_is_an_attribute():
+    code = "import deltaw\ndeltaw.optim.Muon, deltaw.linalg.orthogonalize, deltaw.models.capture\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("folder", ["adapters", "merge", "compress", "optim", "inspect"])
 def test_a_method_file_holds_one_card(folder: str):
     for path in (SRC / folder).glob("*.py"):

@@ -58,12 +58,12 @@ _VERBS: dict[str, str] = {
     "save_adapter": "adapters",
     "set_active": "adapters",
 }
-#: rooms that are called by their own verb
-_CALLABLE = ("compress", "inspect", "merge", "train")
+#: rooms, imported when first used; compress, inspect, merge and train are also called by their own verb
+_ROOMS = ("adapters", "catalogue", "compress", "inspect", "linalg", "merge", "models", "optim", "report", "train")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CALLABLE:
+    if name in _ROOMS:
         return importlib.import_module(f"deltaw.{name}")
     if name not in _VERBS:
         raise AttributeError(f"module 'deltaw' has no attribute {name!r}")
@@ -71,4 +71,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_ROOMS})
