@@ -172,6 +172,20 @@ def test_weighted_svd_depends_on_the_gram_matrix_alone():
     torch.testing.assert_close(plain.left.norm(dim=0), plain.right.norm(dim=1))  # balanced
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_one_gram_matrix_serves_a_batch(diagonal):
+    w, g = (
+        torch.randn(*shape, generator=seeded_generator(5, shape), dtype=torch.float64) for shape in ((3, 5, 4), (4, 4))
+    )
+    gram = g.square().sum(0) if diagonal else g.mT @ g
+    for sides in ({"right": gram}, {"left": gram}):
+        batch = w if "right" in sides else w.mT
+        found = weighted_svd(batch, rank=2, **sides)
+        for i in range(3):
+            one = weighted_svd(batch[i], rank=2, **sides)
+            torch.testing.assert_close(found.left[i] @ found.right[i], one.left @ one.right)
+
+
 def test_weighted_svd_batches():
     w = torch.stack([matrix(8, 10, "gaussian", i) for i in range(3)])
     g = torch.stack([gram(10, i) for i in range(3)])

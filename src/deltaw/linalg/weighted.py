@@ -40,8 +40,9 @@ def weighted_svd(
 
     Args:
         w: [..., m, n].
-        left: Gram matrix [..., m, m], or the diagonal [..., m] of one; None is the identity.
-        right: Gram matrix [..., n, n], or the diagonal [..., n] of one; None is the identity.
+        left: Gram matrix [..., m, m], or the diagonal [..., m] of one; None is the identity. One without the batch
+            dimensions of `w` serves the whole batch; a square 2-D tensor is always a matrix.
+        right: Gram matrix [..., n, n], or the diagonal [..., n] of one, likewise.
         rank: r, 1 … min(m, n); None keeps all.
         split: where Σ goes: `"both"` (√Σ each: balanced factors train and quantise best), `"left"`, `"right"`.
 
@@ -80,7 +81,7 @@ def weighted_svd(
 
 
 def _roots(gram: Tensor | None, w: Tensor, size: int, name: str) -> tuple[Tensor, Tensor] | None:
-    """Square root and pseudo-inverse root of a Gram matrix or its diagonal, in float64."""
+    """Square root and pseudo-inverse root in float64: [..., n, n], or [..., n, 1] where a diagonal was given."""
     if gram is None:
         return None
     require_finite(gram, name)
@@ -89,9 +90,10 @@ def _roots(gram: Tensor | None, w: Tensor, size: int, name: str) -> tuple[Tensor
     if gram.shape[-1] == size and gram.ndim in (1, w.ndim - 1):
         if bool((gram < 0).any()):
             raise OptionError(f"{name} is the diagonal of a Gram matrix and has negative entries; expected all >= 0")
-        root = gram.double().sqrt()
-        floor = size * torch.finfo(gram.dtype).eps * gram.double().amax(-1, keepdim=True)
-        return root, torch.where(gram.double() > floor, 1.0 / root.clamp_min(1e-300), 0.0)
+        diagonal = gram.double()[..., :, None]
+        root = diagonal.sqrt()
+        floor = size * torch.finfo(gram.dtype).eps * diagonal.amax(-2, keepdim=True)
+        return root, torch.where(diagonal > floor, 1.0 / root.clamp_min(1e-300), 0.0)
     raise OptionError(
         f"{name} has shape {tuple(gram.shape)} beside a matrix of shape {tuple(w.shape)}; expected [{size}, {size}] or "
         f"[{size}] for the {name} side"
@@ -99,6 +101,5 @@ def _roots(gram: Tensor | None, w: Tensor, size: int, name: str) -> tuple[Tensor
 
 
 def _apply(root: Tensor, x: Tensor) -> Tensor:
-    """root @ x, where a root that is a diagonal comes without its second axis."""
-    square = root.ndim >= 2 and root.shape[-1] == root.shape[-2] == x.shape[-2] and root.ndim != x.ndim - 1
-    return root @ x if square else root[..., :, None] * x
+    """root @ x, where a root that is a diagonal is one column (a 1 x 1 matrix multiplies alike either way)."""
+    return root * x if root.shape[-1] == 1 else root @ x
