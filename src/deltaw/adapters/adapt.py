@@ -18,7 +18,7 @@ from deltaw.adapters.shared import SharedBases, group_key
 from deltaw.adapters.state import STATE, AdapterSpec, root_of, set_active, specs, state_of
 from deltaw.errors import CompositionError, OptionError, TargetError, nearest
 from deltaw.linalg import seeded_generator
-from deltaw.models import Site, find_sites, get_parameter
+from deltaw.models import Site, find_sites, floating_dtype, get_parameter
 
 TIED = ("share", "untie", "error")
 
@@ -36,7 +36,7 @@ def adapt(
     seed: int = 0,
     stats: Any = None,
     budget: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     tied: str = "share",
     **options: Any,
 ) -> nn.Module:
@@ -56,7 +56,7 @@ def adapt(
         seed: one seed gives the same start, layer by layer.
         stats: activations from `deltaw.models.capture`, for methods that start from data.
         budget: trainable numbers in total, for methods that spread ranks over the layers.
-        dtype: of the trained parameters; None: float32, or the weight's own dtype where that is wider.
+        dtype: of the trained parameters, by name or as an object; None: float32, or the weight's own dtype where that is wider.
         tied: a weight that several modules share: "share" one structure among them, "untie" (the first gets a copy
             of its own), or raise an "error".
         options: of the method; `deltaw methods show ID` lists them.
@@ -75,6 +75,7 @@ def adapt(
         132
     """
     cls, options = resolve(id, {**options, **({} if rank is None else {"rank": rank})})
+    dtype = floating_dtype(dtype)
     sites = [s for s in find_sites(model, targets, exclude, rules) if s.role != "adapter"]
     if not sites:
         raise TargetError(f"targets {targets!r} select only parameters of other adapters")

@@ -22,7 +22,7 @@ from deltaw.adapters.base import BaseOp, Structure, choice, copy_into
 from deltaw.adapters.shared import checksum, group_key
 from deltaw.adapters.state import AdapterSpec, held, layers, root_of, specs
 from deltaw.errors import CheckpointError, OptionError, nearest
-from deltaw.models import Site, atomic_folder, inventory, open_checkpoint
+from deltaw.models import Site, atomic_folder, inventory, open_checkpoint, read_json
 
 CONFIG = "deltaw_adapter.json"
 WEIGHTS = "adapter.safetensors"
@@ -148,7 +148,7 @@ def _encode(
 
 
 def _decode(model: nn.Module, folder: Path) -> peft_format.LoadPlan:
-    config = peft_format.read_config(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if config.get("format") != "deltaw-adapter" or config.get("version") != VERSION:
         raise CheckpointError(
             f"{folder / CONFIG} has format {config.get('format')!r}, version {config.get('version')!r}; this deltaw "

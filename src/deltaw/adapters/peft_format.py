@@ -23,7 +23,7 @@ from deltaw import catalogue
 from deltaw.adapters.base import BaseOp, Structure
 from deltaw.adapters.state import AdapterSpec
 from deltaw.errors import CheckpointError, nearest, unknown_name
-from deltaw.models import Site, inventory, open_checkpoint
+from deltaw.models import Site, inventory, open_checkpoint, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -103,22 +103,9 @@ def common_config(root: nn.Module, modules: list[str]) -> dict[str, Any]:
     }
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object, or CheckpointError."""
-    import json
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} is not readable JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; expected an object")
-    return content
-
-
 def decode(model: nn.Module, folder: Path) -> LoadPlan:
     """Read a peft folder against `model`. Raises CheckpointError for whatever does not fit."""
-    config = read_config(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     cls = _class_of(config, folder)
     spec_extra = _check_entries(config, cls, folder)
     options = cls.peft_options(config)

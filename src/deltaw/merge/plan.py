@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from deltaw.errors import CheckpointError, OptionError
+from deltaw.errors import CheckpointError
 from deltaw.merge.base import MatrixMethod, MergeMethod, check_choice
 from deltaw.merge.checks import alias_heads, check_types, common_ties, excluded_names, lacking_message, shape_message
 from deltaw.merge.sources import Source
-from deltaw.models import Site, site_from_name
+from deltaw.models import Site, floating_dtype, site_from_name
 
 #: action -> what happens to the tensor
 ACTIONS = {
@@ -49,12 +49,8 @@ def make_rules(
     exclude: str | Sequence[str], heads: str, embeddings: str, missing: str, dtype: torch.dtype | str | None
 ) -> Rules:
     """`Rules` from what a caller gives, with a dtype by name or object."""
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype.removeprefix("torch."), None)
-        dtype = found if isinstance(found, torch.dtype) else dtype
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise OptionError(f"dtype={dtype!r}: expected a floating-point dtype such as 'float32', 'bfloat16', 'float16'")
-    return Rules((exclude,) if isinstance(exclude, str) else tuple(exclude), heads, embeddings, missing, dtype)
+    names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    return Rules(names, heads, embeddings, missing, floating_dtype(dtype))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Finding the matrices of a model, capturing activations and gradients, reading and writing checkpoints."""
 
 from deltaw.models.capture import capture
-from deltaw.models.checkpoint import Checkpoint, open_checkpoint
+from deltaw.models.checkpoint import Checkpoint, open_checkpoint, read_json
+from deltaw.models.dtypes import floating_dtype
 from deltaw.models.factored import FactoredLinear, factored_ranks, install_factored, load_factored, save_factored
 from deltaw.models.folders import atomic_folder, disk_errors
 from deltaw.models.names import site_from_name
@@ -27,6 +28,7 @@ __all__ = [
     "disk_errors",
     "factored_ranks",
     "find_sites",
+    "floating_dtype",
     "get_parameter",
     "install_factored",
     "inventory",
@@ -37,6 +39,7 @@ __all__ = [
     "packaged_model",
     "qkv_split",
     "quiet",
+    "read_json",
     "save_factored",
     "select_sites",
     "site_from_name",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from deltaw import linalg
+from deltaw.errors import OptionError
+from deltaw.models import floating_dtype
 from deltaw.optim.context import Context
 from deltaw.optim.transform import Stacked, Transform
 
@@ -27,11 +29,17 @@ class Orthogonalize(Transform):
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", floating_dtype(self.dtype))
         if self.coefficients is not None and not isinstance(self.coefficients, str):
-            object.__setattr__(self, "coefficients", tuple(tuple(map(float, c)) for c in self.coefficients))
-        self._polar(
-            torch.eye(2), torch.float32
-        )  # an unknown method or a bad step count shows here, not in the first step
+            try:
+                triples = tuple((float(a), float(b), float(c)) for a, b, c in self.coefficients)
+            except (TypeError, ValueError):
+                raise OptionError(
+                    f"coefficients={self.coefficients!r}; expected the name of a set, or one (a, b, c) for each step"
+                ) from None
+            object.__setattr__(self, "coefficients", triples)
+        # an unknown method or a bad step count shows here, not in the first step
+        self._polar(torch.eye(2), torch.float32)
 
     def stack_dtype(self, weight: Tensor) -> torch.dtype:
         # on the CPU the iteration itself picks the faster of float32 and bfloat16, so nothing is gained by a cast here
