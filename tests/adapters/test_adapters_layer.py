@@ -143,6 +143,7 @@ def test_a_taken_name_and_an_adapted_part_are_refused():
 def test_options_that_choose_a_class():
     assert isinstance(structures(adapt(net(), "lora", "0", rank=2, init="pissa"))["0"], PiSSA)
     dora = adapt(net(), "lora", "0", rank=2, use_dora=True)
+    assert type(structures(adapt(net(), "lora", "0", rank=2, init="pissa", use_dora=False))["0"]) is PiSSA
     assert specs(dora)["default"].method == "dora"
     rs = structures(adapt(net(), "rslora", "0", rank=4))["0"]
     assert (rs.scaling, rs.alpha, rs.s) == ("rslora", 4, 2.0)

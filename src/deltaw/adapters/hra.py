@@ -67,7 +67,7 @@ class HRA(Structure):
                 f"hra: rank is {rank}; expected an even number, because the reflections start in pairs that cancel. "
                 f"Take {rank + 1}, gram_schmidt=True, or init='random' (which changes the model at the start)."
             )
-        if not orthogonality >= 0:
+        if isinstance(orthogonality, bool) or not isinstance(orthogonality, (int, float)) or not orthogonality >= 0:
             raise OptionError(f"hra: orthogonality is {orthogonality!r}; expected a number >= 0")
         self.gram_schmidt, self.orthogonality = gram_schmidt, orthogonality
         self.U = self.new(self.n, rank)

@@ -89,12 +89,12 @@ class LoRA(Structure):
         from deltaw.adapters.dora import DoRA
         from deltaw.adapters.pissa import PiSSA
 
-        pissa = options.get("init") == "pissa"
-        if options.get("use_dora") and pissa:
+        pissa, dora = options.get("init") == "pissa", options.pop("use_dora", False)
+        if dora and pissa:
             raise OptionError("use_dora and init='pissa' cannot be combined; choose one")
         if pissa:
             options.pop("init")
-        return PiSSA if pissa else DoRA if options.pop("use_dora", False) else cls
+        return PiSSA if pissa else DoRA if dora else cls
 
     @torch.no_grad()
     def initialise(self, base: BaseOp, generator: torch.Generator, stats: Any = None) -> None:

@@ -139,7 +139,7 @@ class Compressor:
 
     def decompose(self, layer: Layer) -> Decomposition:
         """The one expensive step for a layer."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define decompose")
 
     def factors(self, layer: Layer, decomposition: Decomposition, rank: int) -> Factors:
         """Truncate to `rank`; the layer's bias stays on the second factor."""

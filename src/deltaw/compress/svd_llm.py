@@ -43,8 +43,8 @@ class SVDLLM(Compressor):
     needs = frozenset({"input_cov"})
 
     def __init__(self, local_update: bool = False, damping: float = 1e-8):
-        if damping < 0:
-            raise OptionError(f"damping={damping}; expected 0 or a small positive number such as 1e-8")
+        if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
+            raise OptionError(f"damping={damping!r}; expected 0 or a small positive number such as 1e-8")
         self.damping = damping
         self.refit_needs = self.needs if local_update else frozenset()
 
