@@ -331,6 +331,9 @@ def test_names_that_differ_by_a_prefix_are_explained():
 def test_quantised_and_pickled_models_are_refused(family, tmp_path):
     base, one, *_ = family
     packed = folder(tmp_path / "packed", 4, config={**CONFIG, "quantization_config": {"quant_method": "gptq"}})
+    factored = folder(tmp_path / "factored", 4, config={**CONFIG, "deltaw_factored": {"layer": 2}})
+    with pytest.raises(CheckpointError, match="factored is a factored model"):
+        merge(None, [factored], "linear")
     with pytest.raises(CheckpointError, match=r"packed is quantised \(gptq\)"):
         merge(base, [one, packed], "linear")
     (tmp_path / "pickled").mkdir()

@@ -104,7 +104,8 @@ def open_source(what: Any, label: str) -> Source:
     """A source for a folder or file (path), a state dict, a module or an open `Checkpoint`.
 
     Raises:
-        CheckpointError: from `open_checkpoint`; a quantised checkpoint, whose packed integers cannot be averaged.
+        CheckpointError: from `open_checkpoint`; a quantised checkpoint, whose packed integers cannot be averaged; an
+        adapter; a factored model.
         OptionError: none of these kinds.
     """
     source: Source
@@ -112,6 +113,12 @@ def open_source(what: Any, label: str) -> Source:
         case Source():
             source = what
         case str() | Path():
+            if any(
+                (Path(what).expanduser() / name).is_file() for name in ("adapter_config.json", "deltaw_adapter.json")
+            ):
+                raise CheckpointError(
+                    f"{what} holds an adapter, not a whole model; fold it into its base first (`deltaw export folded`)"
+                )
             source = FolderSource(open_checkpoint(what), str(what))
         case Checkpoint():
             source = FolderSource(what, str(what.folder))
@@ -128,6 +135,11 @@ def open_source(what: Any, label: str) -> Source:
         raise CheckpointError(
             f"{source.label} is quantised ({kind}); its packed numbers cannot be merged. Give the model in float16, "
             "bfloat16 or float32"
+        )
+    if source.config and source.config.get("deltaw_factored"):
+        raise CheckpointError(
+            f"{source.label} is a factored model; a mean of factors is not the mean of their products. Merge first and "
+            "compress the result, or give its dense form (save_compressed(…, dense=True))"
         )
     return source
 
