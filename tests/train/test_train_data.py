@@ -140,3 +140,24 @@ def test_prompt_and_completion_columns_are_inferred():
     found = load_data({"train": rows})
     assert found.task == "causal-lm"
     assert found.columns == {"prompt": "question", "completion": "answer"}
+
+
+def test_a_named_column_decides_over_usual_names():
+    rows = [{"question": f"q{i}", "answer": f"a{i}", "text": f"t{i}", "label": i % 2} for i in range(8)]
+    pairs = load_data({"train": rows})
+    assert pairs.task == "causal-lm"
+    assert pairs.columns == {"prompt": "question", "completion": "answer"}
+    for asked in ({"label_column": "label"}, {"task": "classification"}, {"text_column": "text"}):
+        assert load_data({"train": rows}, **asked).columns == {"text": "text", "label": "label"}
+    with pytest.raises(DataError, match="--completion-column"):
+        load_data({"train": [{"prompt": "p", "reply": "r"}] * 4}, prompt_column="prompt")
+    with pytest.raises(OptionError, match="limit"):
+        load_data({"train": rows}, limit=0)
+
+
+def test_the_label_map_is_kept():
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(8)]
+    data = load_data({"train": rows}, labels={"1": "good", "0": "bad"}, validation_fraction=0.0)
+    assert data.label_names == ["good", "bad"]
+    assert data.label_map == {"1": "good", "0": "bad"}
+    assert [e["label"] for e in data.train[:2]] == [1, 0]

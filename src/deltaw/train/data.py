@@ -43,6 +43,7 @@ class TaskData:
     label_names: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     source: str = ""
+    label_map: dict[str, str] = field(default_factory=dict)  # value in the data -> label name
 
     def describe(self) -> str:
         """One line: sizes, labels and columns."""
@@ -86,23 +87,34 @@ def load_data(
     if not tables.get("train"):
         raise DataError(f"{source} has no training rows; splits found: {', '.join(tables) or 'none'}")
     names = list(tables["train"][0])
-    prompt = _column(prompt_column, names, PROMPT_COLUMNS, source)
-    completion = _column(completion_column, names, COMPLETION_COLUMNS, source) if prompt else None
-    label = (
-        _column(label_column, names, LABEL_COLUMNS, source)
-        if task != "causal-lm" and not (prompt and completion)
-        else None
-    )
+    if limit is not None and limit < 1:
+        raise OptionError(f"limit is {limit}; expected at least 1 training row")
+    # a column that was named decides over what is found by the usual names
+    wants_pairs = bool(prompt_column or completion_column) or not (text_column or label_column)
+    pairs = task != "classification" and wants_pairs
+    prompt = _column(prompt_column, names, PROMPT_COLUMNS, source) if pairs else None
+    completion = _column(completion_column, names, COMPLETION_COLUMNS, source) if pairs else None
+    for given, other, flag in (
+        (prompt_column, completion, "--completion-column"),
+        (completion_column, prompt, "--prompt-column"),
+    ):
+        if pairs and given and not other:
+            raise DataError(
+                f"{source} has no column that belongs to {given!r}; columns: {', '.join(names)}. Name it with {flag}"
+            )
+    label = None
+    if task != "causal-lm" and not (prompt and completion):
+        label = _column(label_column, names, LABEL_COLUMNS, source)
     if task == "auto":
         task = "classification" if label else "causal-lm"
     if task == "classification":
         if label is None:
             raise DataError(f"{source} has no label column; columns: {', '.join(names)}. Name it with --label-column")
         text = _required(text_column, names, TEXT_COLUMNS, source, "--text-column")
-        splits, label_names = _classification(tables, text, label, labels, source)
+        splits, label_names, label_map = _classification(tables, text, label, labels, source)
         columns = {"text": text, "label": label}
     else:
-        label_names = []
+        label_names, label_map = [], {}
         if prompt and completion and text_column is None:
             columns = {"prompt": prompt, "completion": completion}
         else:
@@ -118,7 +130,7 @@ def load_data(
         validation, train = [train[i] for i in order[:held]], [train[i] for i in sorted(order[held:])]
     if limit is not None:
         train = train[:limit]
-    return TaskData(task, train, validation, splits.get("test", []), label_names, columns, source)
+    return TaskData(task, train, validation, splits.get("test", []), label_names, columns, source, label_map)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------
@@ -247,8 +259,8 @@ def _classification(
     label: str,
     labels: Mapping[str, str] | Sequence[str] | None,
     source: str,
-) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """Rows with integer labels, and the label names in order."""
+) -> tuple[dict[str, list[dict[str, Any]]], list[str], dict[str, str]]:
+    """Rows with integer labels, the label names in order, and value in the data -> label name."""
     raw: dict[str, list[str]] = {}
     for split, rows in tables.items():
         for i, row in enumerate(rows):
@@ -263,7 +275,7 @@ def _classification(
     seen = Counter(raw["train"])
     if isinstance(labels, Mapping):
         names = dict.fromkeys(labels.values())
-        index = {value: list(names).index(name) for value, name in labels.items()}
+        index = {str(value): list(names).index(name) for value, name in labels.items()}
     elif labels is not None:
         names = dict.fromkeys(labels)
         # A list names the classes in the order 0, 1, … when the data holds numbers, else it is the order itself.
@@ -288,4 +300,5 @@ def _classification(
         result[split] = [
             {**_texts(rows[i], {"text": text}, split, i, source), "label": index[v]} for i, v in enumerate(values)
         ]
-    return result, list(names)
+    ordered = list(names)
+    return result, ordered, {value: ordered[i] for value, i in index.items()}

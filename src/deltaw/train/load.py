@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from deltaw.errors import CheckpointError
-from deltaw.models import load_pretrained
+from deltaw.models import load_pretrained, read_json
 from deltaw.train.run import RECORD
 
 
@@ -18,10 +17,11 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
     file = Path(path) / RECORD
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise CheckpointError(f"{file} is not valid JSON ({e}): the folder was damaged; write it again") from None
+    record = read_json(file)
+    missing = sorted({"kind", "task"} - set(record))
+    if missing:
+        raise CheckpointError(f"{file} lacks the entry {missing[0]!r}: the folder was damaged; write it again")
+    return record
 
 
 def load(path: str | Path, task: str = "auto", *, base: str | Path | None = None) -> nn.Module:
@@ -64,4 +64,4 @@ def load(path: str | Path, task: str = "auto", *, base: str | Path | None = None
 
 def _peft_base(folder: Path) -> str | None:
     file = folder / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
+    return read_json(file).get("base_model_name_or_path") if file.is_file() else None

@@ -98,7 +98,8 @@ def train(
         net.config.pad_token_id = tokenizer.pad_token_id
     prepare(net, method, targets=targets, parameters=parameters, seed=o.seed, **dict(method_options or {}))
     if o.lr is None:
-        o = TrainOptions(**{**asdict(o), "lr": default_lr(method, optimizer)})
+        given = dict(optimizer_options or {}).get("lr")
+        o = TrainOptions(**{**asdict(o), "lr": default_lr(method, optimizer) if given is None else given})
     result = train_model(
         net,
         tokenizer,
@@ -118,6 +119,7 @@ def train(
         "pooling": pooling,
         "task": loaded.task,
         "label_names": loaded.label_names,
+        "label_map": loaded.label_map,
         "columns": loaded.columns,
         "data": loaded.source,
         "method": method,
