@@ -129,6 +129,26 @@ def test_export_gives_the_same_answers(deltaw, tuned: dict[str, Path], tmp_path:
     status, out, _ = deltaw("export", "lora", tuned["lora"], "--out", tmp_path / "lora", "--json")
     assert status == 0
     assert (tmp_path / "lora" / "adapter_config.json").exists()
+    status, out, _ = deltaw("export", "lora", tuned["lora"], "--out", tmp_path / "again", "--rank", "1")
+    assert status == 0
+    assert "kept" in out
+
+
+def test_a_folder_of_the_wrong_kind_is_named(deltaw, tuned: dict[str, Path], data: Path, tmp_path: Path):
+    lora, one, out = tuned["lora"], tuned["one"], tmp_path / "out"
+    for arguments, words in (
+        (("predict", MODEL, "a lovely day"), "neither classifies"),
+        (("eval", MODEL, "--data", data), "neither classifies"),
+        (("eval", lora, "--data", data, "--split", "task"), "unknown split"),
+        (("export", "folded", one, "--out", out), "no adapter"),
+        (("merge", "--base", one, "--model", lora, "--out", out), "holds an adapter"),
+        (("compress", one, "--out", out, "--method", "svd", "--samples", "0"), "at least 1"),
+    ):
+        status, _, err = deltaw(*arguments)
+        assert status == 1, arguments
+        assert words in err
+        assert "Traceback" not in err
+        assert not out.exists()
 
 
 def test_merge_compress_inspect_explain(deltaw, tuned: dict[str, Path], data: Path, tmp_path: Path):

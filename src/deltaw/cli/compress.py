@@ -28,12 +28,15 @@ def command(
     """Compress a model's linear layers, calibrated on text where the method uses it."""
     from deltaw import catalogue
     from deltaw.compress import compress, save_compressed
+    from deltaw.errors import OptionError
     from deltaw.models import load_tokenizer
     from deltaw.train import batches, load, load_data, tokenise
 
     card = catalogue.get(method, "compress")
     settings = parse_options(option)
     catalogue.check_options(card, settings)
+    if samples < 1:
+        raise OptionError(f"samples is {samples}; expected at least 1 calibration example")
     net, tokenizer = load(model), load_tokenizer(model)
     calibrating = None
     if calibration is not None:

@@ -24,11 +24,15 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Score a model: accuracy for classification, perplexity for language modelling."""
-    from deltaw.errors import DataError
-    from deltaw.train import evaluate, load, load_data
+    from deltaw.errors import DataError, unknown_name
+    from deltaw.train import evaluate, load_data
 
+    if split not in ("", "train", "validation", "test"):
+        raise unknown_name("split", split, ("train", "validation", "test"))
     net, tokenizer, record = _open(model)
-    labels = record.get("label_names") or _config_labels(net)
+    names = record.get("label_names") or _config_labels(net)
+    # the data may hold the values of the training data, or the names that they were given
+    labels = {**dict(zip(names, names, strict=True)), **record["label_map"]} if record.get("label_map") else names
     columns = record.get("columns", {})
     found = load_data(
         data,
@@ -40,7 +44,6 @@ def eval_command(
         labels=labels or None,
         validation_fraction=0.0,
     )
-    del load
     chosen = split or ("test" if found.test else "train")
     examples = getattr(found, chosen, None)
     if not examples:
@@ -75,7 +78,10 @@ def predict_command(
     if data is not None:
         if not Path(data).is_file():
             raise DataError(f"file {data!r} does not exist")
-        lines = Path(data).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(data).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as e:
+            raise DataError(f"file {data!r} is not UTF-8 text ({e}); convert it first") from None
     else:
         lines = text or sys.stdin.read().splitlines()
     lines = [line for line in lines if line.strip()]
@@ -96,11 +102,17 @@ def predict_command(
 
 
 def _open(model: str) -> tuple[Any, Any, dict[str, Any]]:
+    from deltaw.errors import CheckpointError
     from deltaw.models import load_tokenizer
     from deltaw.train import load, read_record
 
     record = read_record(model) or {}
     net = load(model)
+    if not _config_labels(net) and not getattr(net, "can_generate", bool)():
+        raise CheckpointError(
+            f"{model} is a {type(net).__name__}, which neither classifies nor continues text; train a head on it with "
+            "`deltaw adapt`, or give a classifier or a language model"
+        )
     folder = Path(model)
     has_tokenizer = not folder.is_dir() or any(folder.glob("tokenizer*"))
     return net, load_tokenizer(model if has_tokenizer else record.get("base", model)), record

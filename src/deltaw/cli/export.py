@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,9 +27,8 @@ def lora(
 ) -> None:
     """Write a plain LoRA (HF peft format) that serving engines read, with the error per matrix."""
     from deltaw.adapters import export_lora
-    from deltaw.train import load
 
-    report = export_lora(load(adapter, base=base), out, rank=rank, energy=energy)
+    report = export_lora(_load(adapter, base), out, rank=rank, energy=energy)
     if as_json:
         print_json({"out": out, **report.as_dict()})
     else:
@@ -44,9 +43,9 @@ def folded(adapter: Adapter, out: Out, base: Base = None, as_json: Json = False)
 
     from deltaw.adapters import fold
     from deltaw.models import atomic_folder, load_tokenizer
-    from deltaw.train import load, save_model
+    from deltaw.train import save_model
 
-    net = fold(load(adapter, base=base))
+    net = fold(_load(adapter, base))
     with atomic_folder(out) as partial:
         save_model(net, partial)
         if any(Path(adapter).glob("tokenizer*")):
@@ -55,3 +54,15 @@ def folded(adapter: Adapter, out: Out, base: Base = None, as_json: Json = False)
         print_json({"out": out})
     else:
         say(out)
+
+
+def _load(adapter: str, base: str | None) -> Any:
+    """The base model with the adapter on it."""
+    from deltaw.adapters import adapter_names
+    from deltaw.errors import CheckpointError
+    from deltaw.train import load
+
+    net = load(adapter, base=base)
+    if not adapter_names(net):
+        raise CheckpointError(f"{adapter} holds a whole model and no adapter: there is nothing to export")
+    return net
