@@ -11,7 +11,7 @@ from deltaw.cli.common import Json, main_process, print_json, say
 
 Model = Annotated[str, typer.Argument(help="Folder written by deltaw or transformers.")]
 Data = Annotated[str, typer.Option(help="As for `deltaw adapt`.")]
-Length = Annotated[int | None, typer.Option(help="Tokens per example [default: as trained, else 128].")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens per example [default: as trained, else 128].")]
 
 
 def eval_command(
