@@ -53,6 +53,10 @@ def test_modes_and_seed_overlay(tmp_path: Path):
         ("    epochs: 1", "    epochs: -1", r"line 8: adapt\.1\.epochs: .*greater than 0.*found -1"),
         ("train: 50", "train: many", r"line 3: data\.train: .*integer.*found 'many'"),
         ("model: all-minilm-l6-v2\n", "", r"key 'model' is missing"),
+        ("  models: tuned", "  models: linear-probe", r"'linear-probe' is not the name of an adapted model"),
+        ("    method: full", "    method: lora", r"trains no whole model"),
+        ("name: tuned", "name: ../tuned", r"line 6: adapt\.1\.name"),
+        ("    - {method: linear}", "    - {method: linear}\n    - {method: linear}", r"merge methods must differ"),
         ("  models: tuned", "  models: tunde", r"'tunde' is not the name of an adapted model"),
         ("domains: [tweets]", "domains: []", r"line 3: data\.domains"),
         ("quick:\n  data: {train: 10}", "quick:\n  data: {trian: 10}", None),
@@ -76,5 +80,8 @@ def test_not_yaml_and_unknown_names(tmp_path: Path):
         check(tmp_path, "- a\n- b\n")
     with pytest.raises(OptionError, match="does not exist"):
         load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes("name: caf\u00e9".encode("latin-1"))
+    with pytest.raises(OptionError, match="not UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")
     with pytest.raises(UnknownNameError, match="did you mean 'sentiment'"):
         load_recipe("sentimet")

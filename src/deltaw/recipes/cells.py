@@ -112,7 +112,9 @@ class Cells:
             if (cell := found[job.name]) is not None:
                 self.report(job.name, cell)
         missing = [job for job in jobs if found[job.name] is None]
-        if self.workers > 1 and len(missing) > 1:
+        # By all jobs, not by those that are missing: how many threads a cell is made with must not depend on what a
+        # killed run had finished.
+        if self.workers > 1 and len(jobs) > 1 and missing:
             for job in self._in_processes(missing):
                 found[job.name] = self._fresh(job)
         else:

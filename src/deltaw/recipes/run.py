@@ -23,8 +23,8 @@ from deltaw import catalogue
 from deltaw.errors import OptionError, unknown_name
 from deltaw.recipes.cells import Cell, Cells, fingerprint
 from deltaw.recipes.context import Context
-from deltaw.recipes.schema import Recipe, load_recipe
-from deltaw.recipes.stages import PROBE, Findings, adapt_stage, compress_stage, inspect_stage, merge_stage
+from deltaw.recipes.schema import PROBE, Recipe, load_recipe
+from deltaw.recipes.stages import Findings, adapt_stage, compress_stage, inspect_stage, merge_stage
 from deltaw.report import build_report
 from deltaw.train import check_method
 

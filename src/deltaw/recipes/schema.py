@@ -15,6 +15,10 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
+#: the method of the baseline, which is no structure and no optimizer
+PROBE = "linear-probe"
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,7 +49,7 @@ class HeadPart(_Part):
 class AdaptPart(_Part):
     """One way to adapt the base to each task."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     method: str
     optimizer: str = "adamw"
     parameters: Literal["all", "matrices"] = "all"
@@ -77,7 +81,7 @@ class CompressPart(_Part):
 
     model: str = "best"
     ratio: Fraction = 0.6
-    allocation: str = "uniform"
+    allocation: Literal["uniform", "energy", "loss"] = "uniform"
     calibration: Positive = 200
     methods: list[str] = Field(min_length=1)
     latency_batches: list[Positive] = [1, 64]
@@ -112,18 +116,32 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _references(self) -> Recipe:
         names = [a.name for a in self.adapt]
-        if len(set(names)) != len(names):
-            raise ValueError(f"adapt names must differ, found {names}")
+        merging = [m.method for m in self.merge.methods] if self.merge else []
+        shrinking = self.compress.methods if self.compress else []
+        for what, listed in (("adapt names", names), ("merge methods", merging), ("compress methods", shrinking)):
+            if len(set(listed)) != len(listed):
+                raise ValueError(f"{what} must differ, found {listed}")
+        methods = {a.name: a.method for a in self.adapt}
+        for name, method in methods.items():
+            if (name == PROBE) != (method == PROBE):
+                raise ValueError(
+                    f"the adaptation {name!r} has method {method!r}; {PROBE!r} is the name of its method alone"
+                )
         wanted = ([self.merge.models] if self.merge else []) + (self.inspect.models if self.inspect else [])
         for name in wanted:
-            if name not in names or name == "linear-probe":
+            if name not in names or name == PROBE:
                 raise ValueError(f"{name!r} is not the name of an adapted model; adapt has {names}")
+        if self.merge and methods[self.merge.models] != "full":
+            full = [n for n, m in methods.items() if m == "full"]
+            raise ValueError(
+                f"merge.models is {self.merge.models!r}, which trains no whole model; adapt has {full} that do"
+            )
         if self.compress and not self.merge:
             raise ValueError("compress needs a merge stage to take its model from")
         if self.compress and self.merge:
-            methods = ["best", *(m.method for m in self.merge.methods)]
-            if self.compress.model not in methods:
-                raise ValueError(f"compress.model is {self.compress.model!r}; expected one of {methods}")
+            known = ["best", *merging]
+            if self.compress.model not in known:
+                raise ValueError(f"compress.model is {self.compress.model!r}; expected one of {known}")
         return self
 
 
@@ -176,7 +194,12 @@ def _text(recipe: str | Path) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise OptionError(f"recipe file {str(recipe)!r} does not exist")
-        return path.name, path.read_text(encoding="utf-8")
+        try:
+            return path.name, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise OptionError(
+                f"recipe file {str(recipe)!r} is not UTF-8 text (byte {e.start}); save it as UTF-8"
+            ) from None
     if str(recipe) not in builtin_recipes():
         raise unknown_name("recipe", str(recipe), builtin_recipes(), "Give a built-in name or a .yaml file.")
     return str(recipe), resources.files("deltaw.recipes").joinpath("builtin", f"{recipe}.yaml").read_text(

@@ -9,8 +9,8 @@ from typing import Any
 from deltaw.recipes import work
 from deltaw.recipes.cells import Cell, Cells, Job, fingerprint
 from deltaw.recipes.context import Context
+from deltaw.recipes.schema import PROBE
 
-PROBE = "linear-probe"
 #: {name of the adaptation: {domain: cell}}
 Adapted = dict[str, dict[str, Cell]]
 
@@ -138,5 +138,7 @@ def inspect_stage(ctx: Context, cells: Cells, found: Findings, adapted: Adapted)
         kept = ("singular_values", "effective_rank", "stable_rank", "intruders", "relative_norm")
         found.spectra.setdefault(name, {})[d] = {r["name"]: {k: r[k] for k in kept} for r in rows}
         for metric in ("effective_rank", "stable_rank", "relative_norm"):
-            found.row("inspect", name, d, metric, statistics.mean(r[metric] for r in rows))
+            values = [r[metric] for r in rows if r[metric] is not None]  # no relative norm where the base is zero
+            if values:
+                found.row("inspect", name, d, metric, statistics.mean(values))
         found.row("inspect", name, d, "intruders", sum(r["intruders"] for r in rows))
