@@ -226,6 +226,10 @@ def test_bad_input_is_one_message_and_leaves_nothing(deltaw, tuned: dict[str, Pa
         ("compress", tuned["one"], "--out", out, "--method", "lord"): "calibration",
         ("inspect", tuned["one"], tmp_path / "nowhere"): "nowhere",
         ("run", "sentimant"): "did you mean 'sentiment'",
+        ("compress", tuned["one"], "--out", tuned["two"]): "exists and is not empty",
+        ("inspect", tuned["one"], tuned["two"], "--out", cut): "exists and is not empty",
+        ("export", "folded", tuned["lora"], "--out", cut): "exists and is not empty",
+        ("adapt", "--model", MODEL, "--data", data, "--out", cut): "exists and is not empty",
     }
     for arguments, expected in cases.items():
         status, _, err = deltaw(*arguments)

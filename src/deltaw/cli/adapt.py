@@ -14,6 +14,7 @@ from deltaw.cli.common import (
     parse_options,
     print_json,
     progress_wanted,
+    refuse_existing,
     say,
     split_names,
 )
@@ -69,13 +70,10 @@ def command(
 
     The best epoch by validation is kept. Runs on several processes under `accelerate launch` or `torchrun`.
     """
-    from pathlib import Path
-
-    from deltaw.errors import CheckpointError
     from deltaw.train import TrainOptions, check_method, train
 
-    if Path(out).exists() and any(Path(out).iterdir()) and not overwrite:
-        raise CheckpointError(f"output folder {out!r} exists and is not empty; give another --out, or --overwrite")
+    if not overwrite:
+        refuse_existing(out, "give another --out, or --overwrite")
     settings = parse_options(option)
     if rank is not None:
         settings["rank"] = rank

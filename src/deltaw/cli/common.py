@@ -56,6 +56,16 @@ def say(text: str) -> None:
         typer.echo(text)
 
 
+def refuse_existing(out: str, mend: str = "give another --out") -> None:
+    """Stop before any work when the output folder is there already: it would be refused at the end."""
+    from pathlib import Path
+
+    from deltaw.errors import CheckpointError
+
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise CheckpointError(f"output folder {out!r} exists and is not empty; {mend}")
+
+
 def show(renderable: Any) -> None:
     """A rich table to standard output, from the first process only."""
     if main_process():

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.common import Json, OptionList, parse_options, print_json, say, show, split_names
+from deltaw.cli.common import Json, OptionList, parse_options, print_json, refuse_existing, say, show, split_names
 
 
 def command(
@@ -26,6 +26,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Compress a model's linear layers, calibrated on text where the method uses it."""
+    refuse_existing(out)
     from deltaw import catalogue
     from deltaw.compress import compress, save_compressed
     from deltaw.errors import OptionError

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaw.cli.common import Json, print_json, say
+from deltaw.cli.common import Json, print_json, refuse_existing, say
 
 app = typer.Typer(help="Export a trained structure as a plain LoRA or as folded weights.", no_args_is_help=True)
 Adapter = Annotated[str, typer.Argument(help="Adapter folder.")]
@@ -26,6 +26,7 @@ def lora(
     as_json: Json = False,
 ) -> None:
     """Write a plain LoRA (HF peft format) that serving engines read, with the error per matrix."""
+    refuse_existing(out)
     from deltaw.adapters import export_lora
 
     report = export_lora(_load(adapter, base), out, rank=rank, energy=energy)
@@ -39,6 +40,7 @@ def lora(
 @app.command("folded")
 def folded(adapter: Adapter, out: Out, base: Base = None, as_json: Json = False) -> None:
     """Write a full model with ΔW added to its weights, readable by plain transformers."""
+    refuse_existing(out)
     from pathlib import Path
 
     from deltaw.adapters import fold

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli.common import Json, print_json, say, show, split_names
+from deltaw.cli.common import Json, print_json, refuse_existing, say, show, split_names
 
 
 def command(
@@ -19,6 +19,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Spectrum, effective rank and intruder dimensions of every changed matrix."""
+    if out is not None:
+        refuse_existing(out)
     from pathlib import Path
 
     from deltaw.adapters import fold
