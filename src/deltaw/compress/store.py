@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import CheckpointError
-from deltaw.models import CheckpointWriter, FactoredLinear, load_pretrained, save_factored, tied_groups
+from deltaw.models import FactoredLinear, load_pretrained, save_factored, write_model
 
 
 def save_compressed(
@@ -30,24 +29,7 @@ def save_compressed(
     """
     if not dense:
         return save_factored(model, out, tokenizer, overwrite=overwrite)
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        raise CheckpointError(f"{type(model).__name__} has no transformers config; only such models can be saved here")
-    state = dense_state(model)
-    content = {**config.to_dict(), "architectures": [type(model).__name__]}
-    content.pop("_name_or_path", None)
-    repeated = {name for group in tied_groups(model) for name in group[1:]}
-    with CheckpointWriter(out, overwrite=overwrite) as writer:
-        for name, tensor in state.items():
-            if name not in repeated:
-                writer.write(name, tensor)
-        writer.text("config.json", json.dumps(content, indent=2, sort_keys=True, default=str))
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            writer.text("generation_config.json", generation.to_json_string())
-        if tokenizer is not None:
-            tokenizer.save_pretrained(writer.folder)
-    return Path(out)
+    return write_model(model, out, dense_state, None, tokenizer, overwrite=overwrite)
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:

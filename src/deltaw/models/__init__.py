@@ -3,7 +3,14 @@
 from deltaw.models.capture import capture
 from deltaw.models.checkpoint import Checkpoint, open_checkpoint, read_json
 from deltaw.models.dtypes import floating_dtype
-from deltaw.models.factored import FactoredLinear, factored_ranks, install_factored, load_factored, save_factored
+from deltaw.models.factored import (
+    FactoredLinear,
+    factored_ranks,
+    install_factored,
+    load_factored,
+    save_factored,
+    write_model,
+)
 from deltaw.models.folders import atomic_folder, disk_errors
 from deltaw.models.names import site_from_name
 from deltaw.models.pretrained import PACKAGED, TASKS, load_pretrained, load_tokenizer, packaged_model, quiet
@@ -44,4 +51,5 @@ __all__ = [
     "select_sites",
     "site_from_name",
     "tied_groups",
+    "write_model",
 ]

@@ -8,7 +8,7 @@ A factored folder is a plain transformers folder with two differences: `config.j
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +155,34 @@ def save_factored(model: nn.Module, out: str | Path, tokenizer: Any = None, *, o
     Raises:
         CheckpointError: the model has no transformers config, `out` exists, or the disk is full.
     """
+    return write_model(
+        model, out, nn.Module.state_dict, {CONFIG_KEY: factored_ranks(model)}, tokenizer, overwrite=overwrite
+    )
+
+
+def write_model(
+    model: nn.Module,
+    out: str | Path,
+    state_of: Callable[[nn.Module], Mapping[str, Tensor]],
+    config_changes: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a transformers model with the tensors that `state_of(model)` gives; tied parameters are written once.
+
+    Raises:
+        CheckpointError: the model has no transformers config, `out` exists, or the disk is full.
+    """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise CheckpointError(f"{type(model).__name__} has no transformers config; only such models can be saved here")
-    content = {**config.to_dict(), "architectures": [type(model).__name__], CONFIG_KEY: factored_ranks(model)}
+    state = state_of(model)
+    content = {**config.to_dict(), "architectures": [type(model).__name__], **(config_changes or {})}
     content.pop("_name_or_path", None)
     repeated = {name for group in tied_groups(model) for name in group[1:]}
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        for name, tensor in model.state_dict().items():
+        for name, tensor in state.items():
             if name not in repeated:
                 writer.write(name, tensor)
         writer.text("config.json", json.dumps(content, indent=2, sort_keys=True, default=str))
