@@ -260,7 +260,7 @@ def test_an_existing_output_is_kept_unless_overwritten(family, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["linear", "ties", "iso-c"])
+@pytest.mark.parametrize("method", ["linear", "task-arithmetic", "ties", "iso-c"])
 def test_non_finite_weights_name_model_and_tensor(tmp_path, family, value, method):
     base, one, two, _ = family
     bad = tensors(5)["model.layers.0.mlp.up_proj.weight"].clone()
@@ -269,6 +269,15 @@ def test_non_finite_weights_name_model_and_tensor(tmp_path, family, value, metho
     with pytest.raises(NonFiniteError, match=r"mlp\.up_proj\.weight.*spoilt.* 1 entries"):
         merge(base, [one, spoilt, two], method, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_of_the_base_or_of_a_model_without_weight_are_named(tmp_path, family, value):
+    base, one, two, _ = family
+    spoilt = folder(tmp_path / "spoilt", 5, **{"model.layers.0.mlp.up_proj.weight": torch.full((24, 16), value)})
+    for given in ((spoilt, [one, two]), (base, [one, spoilt])):
+        with pytest.raises(NonFiniteError, match=r"mlp\.up_proj\.weight.*spoilt.* 384 entries"):
+            merge(*given, "task-arithmetic", weights=[1.0, 0.0])
 
 
 def test_overflow_of_the_output_dtype_is_an_error():

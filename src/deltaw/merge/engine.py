@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from deltaw.merge.output import Extras
 from deltaw.merge.pieces import PIECE, ElementwiseMethod, Pieces
 from deltaw.merge.plan import MergePlan, Row, Rules, plan_rows
 from deltaw.merge.progress import Progress
-from deltaw.merge.sources import Source, Tuned, check_finite, load, open_source
+from deltaw.merge.sources import Source, Tuned, all_finite, check_finite, load, open_source
 from deltaw.merge.surgery import Operation, Surgery, check_rules
-from deltaw.merge.workers import one_thread_each, ordered, return_freed_memory
+from deltaw.merge.workers import AHEAD, keep_freed_memory, one_thread_each, ordered, return_freed_memory
 
 R = TypeVar("R")
 _METHOD_ACTIONS = ("merge", "matrix", "other")
@@ -106,7 +106,7 @@ class Job:
             self.base.label if self.base else None,
             [m.label for m in self.models],
             self.rows,
-            int(sum(needs[: self.threads]) + min(max_shard_bytes, output)),
+            int(sum(needs[: self.threads]) + min(max_shard_bytes, output) + min(AHEAD, output) * (self.threads > 1)),
             int(passes * sum(self._stored(r) for r in self.rows)),
         )
 
@@ -125,7 +125,9 @@ class Job:
         if any(r.action in (*_METHOD_ACTIONS, "made") for r in rows):
             shared = self.prepare(bar)
         bar.begin(f"merging by {self.id}", len(rows))
-        with one_thread_each(self.method), ordered(self.threads, lambda r: self._merged(r, shared), rows) as results:
+        keep_freed_memory()
+        made = ordered(self.threads, lambda r: self._merged(r, shared), rows, lambda r: r.output_bytes)
+        with one_thread_each(self.method), made as results:
             for row, tensor in zip(rows, results, strict=True):
                 yield row.name, tensor
                 bar.advance(self._stored(row))
@@ -231,13 +233,20 @@ class Job:
             assert source is not None
             check_finite(source, row.name, x)
 
-        pieces = Pieces(base, tuned, row.compute, device, by_output=row.site.kind == "conv", check=check)
         ctx = self._context(row, shared)
+        shows = method.shows_nonfinite(ctx)
+        by_output = row.site.kind == "conv"
+        pieces = Pieces(base, tuned, row.compute, device, by_output=by_output, check=None if shows else check)
         ctx = replace(ctx, local=method.measure(pieces, ctx))
         result = torch.empty(row.shape, dtype=row.dtype, device=device)
         for target, (part, others) in zip(pieces.cut(result), pieces, strict=True):
             merged = method.piece(part, others, ctx)
-            self._check_result(row, merged, target.copy_(merged))
+            if not all_finite(target.copy_(merged), row.compute):
+                for model, x in enumerate(others) if shows else ():
+                    check(model, x)
+                if shows and part is not None:
+                    check(None, part)
+                self._refuse(row, merged)
         return result
 
     def _merged(self, row: Row, shared: Any) -> Tensor:
@@ -254,17 +263,17 @@ class Job:
             average = row.action == "average"
             merged = weighted_sum(tuned, normalized(ctx.weights)) if average else self.method.tensor(base, tuned, ctx)
         result = merged.to(row.dtype)
-        self._check_result(row, merged, result)
+        if not all_finite(result, row.compute):
+            self._refuse(row, merged)
         return result
 
-    def _check_result(self, row: Row, merged: Tensor, result: Tensor) -> None:
-        """Raise NonFiniteError where `result`, which is `merged` in the output dtype, is not finite."""
-        if not math.isfinite(float(result.sum(dtype=row.compute))) and not bool(torch.isfinite(result).all()):
-            raise NonFiniteError(
-                f"{self.id} makes NaN or infinity of tensor {row.name!r}: its largest magnitude is "
-                f"{float(merged.abs().max()):g}, and {row.dtype} holds up to {torch.finfo(row.dtype).max:g}; "
-                "give a wider `dtype` or a smaller scale"
-            )
+    def _refuse(self, row: Row, merged: Tensor) -> NoReturn:
+        """Raise NonFiniteError for a result that is not finite in the output dtype."""
+        raise NonFiniteError(
+            f"{self.id} makes NaN or infinity of tensor {row.name!r}: its largest magnitude is "
+            f"{float(merged.abs().max()):g}, and {row.dtype} holds up to {torch.finfo(row.dtype).max:g}; "
+            "give a wider `dtype` or a smaller scale"
+        )
 
     def _copied(self, row: Row) -> Tensor:
         source = self.models[row.models[0]] if row.action == "first" else self.base

@@ -40,5 +40,8 @@ class Linear(ElementwiseMethod):
     def __init__(self, normalize: bool = True):
         self.normalize = normalize
 
+    def shows_nonfinite(self, ctx: TensorContext) -> bool:
+        return all(ctx.weights)  # a weight of 0 leaves its model out
+
     def piece(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:
         return weighted_sum(tuned, normalized(ctx.weights) if self.normalize else ctx.weights)

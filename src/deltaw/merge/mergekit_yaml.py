@@ -232,6 +232,9 @@ class MergekitMethod(ElementwiseMethod):
     def measure(self, pieces: Pieces, ctx: TensorContext) -> Any:
         return self._rules[ctx.name][0].measure(pieces, self._own(ctx))
 
+    def shows_nonfinite(self, ctx: TensorContext) -> bool:
+        return self._rules[ctx.name][0].shows_nonfinite(self._own(ctx))
+
     def piece(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:
         return self._rules[ctx.name][0].piece(base, tuned, self._own(ctx))
 

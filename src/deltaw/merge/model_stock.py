@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -52,10 +52,12 @@ class ModelStock(ElementwiseMethod):
         """r of the whole tensor, or None where each row has its own."""
         if self._by_row(pieces.ndim):
             return None
-        products: Tensor | float = 0.0
+        count = len(pieces.tuned)
+        products = torch.zeros(count, count, 1, dtype=torch.float64)
         for base, tuned in pieces:
-            products = _products([d.reshape(1, -1) for d in deltas(base, tuned)]) + products
-        assert isinstance(products, Tensor)
+            flat = [d.reshape(-1) for d in deltas(base, tuned)]
+            for i, j in combinations_with_replacement(range(count), 2):  # several times faster than one narrow product
+                products[i, j] += float(torch.dot(flat[i], flat[j]))
         return self._ratio(products)
 
     def piece(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from deltaw.linalg import MagnitudeBracket, magnitude_counts, magnitude_of_bins, select_bin
 from deltaw.merge.base import MergeMethod, TensorContext
 
-PIECE = 1 << 17  # entries: five pieces in float32 fit into a core's cache
+PIECE = 1 << 18  # entries: few enough for caches, enough that workers seldom wait for the interpreter
 _DEVICE_PIECE = 1 << 24  # on an accelerator a call costs more than its arithmetic
 _SAMPLE = 1 << 16
 
@@ -139,6 +139,11 @@ class ElementwiseMethod(MergeMethod):
     def measure(self, pieces: Pieces, ctx: TensorContext) -> Any:
         """What `piece` must know of the whole tensor; arrives as `ctx.local`. Called once for a tensor."""
         return None
+
+    def shows_nonfinite(self, ctx: TensorContext) -> bool:
+        """Whether NaN or infinity in any model always makes the same entry of the result NaN or infinite: the engine then
+        looks at the models only where the result is not finite, which saves a pass over each."""
+        return False
 
     @abstractmethod
     def piece(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:

@@ -228,11 +228,16 @@ def load(source: Source, name: str, dtype: torch.dtype, device: torch.device | N
 
 def check_finite(source: Source, name: str, x: Tensor) -> None:
     """Raise NonFiniteError with model, tensor and count where `x`, the tensor or a part of it, is not finite."""
-    # A sum is finite only if every term is, and costs no mask; large finite terms may overflow, so look again.
-    if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
+    if not all_finite(x):
         whole = source.read(name)
         raise NonFiniteError(
             f"tensor {name!r} of {source.label} has {int((~torch.isfinite(whole)).sum()):,} entries that are NaN or "
             f"infinite (of {whole.numel():,}); expected finite weights: repair or leave out that model, or exclude the "
             "tensor"
         )
+
+
+def all_finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether `x` holds no NaN and no infinity. `dtype`: to add its entries up in."""
+    # A sum is finite only if every term is, and costs no mask; large finite terms may overflow, so look again.
+    return math.isfinite(float(x.sum(dtype=dtype))) or bool(torch.isfinite(x).all())

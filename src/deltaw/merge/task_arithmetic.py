@@ -43,6 +43,9 @@ class TaskArithmetic(ElementwiseMethod):
         self.scale = check_number("scale", scale, -100, 100)
         self.normalize = normalize
 
+    def shows_nonfinite(self, ctx: TensorContext) -> bool:
+        return all(ctx.weights)  # a weight of 0 leaves its model out
+
     def piece(self, base: Tensor | None, tuned: Sequence[Tensor], ctx: TensorContext) -> Tensor:
         assert base is not None
         weights = normalized(ctx.weights) if self.normalize else ctx.weights

@@ -18,6 +18,9 @@ from deltaw.merge.pieces import ElementwiseMethod
 T = TypeVar("T")
 R = TypeVar("R")
 
+#: bytes of results that may wait behind an earlier one
+AHEAD = 1 << 26
+
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
@@ -38,6 +41,16 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+def keep_freed_memory() -> None:
+    """Let the workers' memory stay with the process from one tensor to the next, up to some 30 MB a thread.
+
+    glibc gives a block that it took from the system, or the top of an arena, back as soon as it is freed when it is
+    larger than it has seen before; then every piece and every result is mapped anew, page by page. One freed block of 31
+    MB, the most that it learns from, raises both bounds.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 @contextmanager
 def one_thread_each(method: MergeMethod) -> Iterator[None]:
     """One thread of torch for each worker while pieces are merged: they are too small to share, and waiting costs more.
@@ -56,18 +69,29 @@ def one_thread_each(method: MergeMethod) -> Iterator[None]:
 
 
 @contextmanager
-def ordered(threads: int, function: Callable[[T], R], items: Sequence[T]) -> Iterator[Iterator[R]]:
-    """Results of `function` over `items` from worker threads, in order, at most `threads` ahead of the consumer."""
+def ordered(
+    threads: int, function: Callable[[T], R], items: Sequence[T], size: Callable[[T], int] | None = None
+) -> Iterator[Iterator[R]]:
+    """Results of `function` over `items` from worker threads, in order, at most `threads` ahead of the consumer.
+
+    With `size`, the bytes of an item's result, further ahead while what comes after the next result takes no more than
+    `AHEAD` bytes, so that one large tensor does not hold up all workers.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
 
     def results() -> Iterator[R]:
-        pending: deque[Future[R]] = deque()
+        pending: deque[tuple[Future[R], int]] = deque()
+        later = 0  # bytes of all that are pending but the first
         for item in items:
-            if len(pending) == threads:
-                yield pending.popleft().result()
-            pending.append(pool.submit(function, item))
+            more = AHEAD + 1 if size is None or threads == 1 else size(item)
+            while len(pending) >= threads and later + more > AHEAD:
+                future = pending.popleft()[0]
+                later -= pending[0][1] if pending else 0
+                yield future.result()
+            later += more if pending else 0
+            pending.append((pool.submit(function, item), more))
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
 
     try:
         yield results()
