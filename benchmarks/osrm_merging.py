@@ -103,7 +103,10 @@ def trained(job: Job, task: str, folder: Path) -> Any:
     adapt(net, id, [s.module for s in sites_of(net)], rank=settings.adapter_rank, seed=job.seed, **options)
     found = examples(task, "train", settings.train, job.seed)
     tokenizer = load_tokenizer_once()
-    rows, build = tokenise(found, tokenizer, "classification", settings.max_length), collator(tokenizer, "classification")
+    rows, build = (
+        tokenise(found, tokenizer, "classification", settings.max_length),
+        collator(tokenizer, "classification"),
+    )
     made = [build([rows[i] for i in chunk]) for chunk in plan(rows, settings, job.seed)]
     take_steps(net, made, job.lr, settings.warmup, settings.clip, job.seed)
     return net
@@ -121,7 +124,9 @@ def take(job: Job, folder: Path) -> tuple[dict[str, Any], str]:
             export_lora(net, held / task)
         for count in settings.counts:
             tried = [on_tasks(held, folder, settings, count, scale, "validation") for scale in job.scales]
-            means = [(statistics.mean(r for r, _ in t.values()), -statistics.mean(l for _, l in t.values())) for t in tried]
+            means = [
+                (statistics.mean(r for r, _ in t.values()), -statistics.mean(l for _, l in t.values())) for t in tried
+            ]
             best = job.scales[max(range(len(means)), key=means.__getitem__)]
             record["validation"][str(count)] = [[round(a, 4), round(-l, 4)] for a, l in means]
             record["scale"][str(count)] = best

@@ -126,7 +126,8 @@ print(json.dumps(killed))
 def test_a_merge_killed_at_any_write_is_whole_or_absent_and_goes_on(trials, seed, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(tmp_path), str(trials), str(seed)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # a forked process hangs in a parallel region if its parent was in one
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1"},  # a forked process hangs in a parallel region if its parent was in one
         capture_output=True,
         text=True,
         check=False,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deltaw import __version__, catalogue
 from deltaw.errors import NonFiniteError, OptionError
+from deltaw.memory import keep_freed_memory, return_freed_memory
 from deltaw.merge.base import MergeMethod, TensorContext, normalized, weighted_sum
 from deltaw.merge.output import Extras
 from deltaw.merge.pieces import PIECE, ElementwiseMethod, Pieces
@@ -25,7 +26,7 @@ from deltaw.merge.plan import MergePlan, Row, Rules, plan_rows
 from deltaw.merge.progress import Progress
 from deltaw.merge.sources import Source, Tuned, all_finite, check_finite, load, open_source
 from deltaw.merge.surgery import Operation, Surgery, check_rules
-from deltaw.merge.workers import AHEAD, keep_freed_memory, one_thread_each, ordered, return_freed_memory
+from deltaw.merge.workers import AHEAD, one_thread_each, ordered
 
 R = TypeVar("R")
 _METHOD_ACTIONS = ("merge", "matrix", "other")

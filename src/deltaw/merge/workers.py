@@ -1,9 +1,7 @@
-"""Threads and memory of the streaming engine's workers."""
+"""Threads of the streaming engine."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,35 +18,6 @@ R = TypeVar("R")
 
 #: bytes of results that may wait behind an earlier one
 AHEAD = 1 << 26
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return None
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back to the system.
-
-    glibc keeps blocks of up to 32 MB in an arena per thread once one was freed; over a large model that adds up to
-    several times what is in use.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-def keep_freed_memory() -> None:
-    """Let the workers' memory stay with the process from one tensor to the next, up to some 30 MB a thread.
-
-    glibc gives a block that it took from the system, or the top of an arena, back as soon as it is freed when it is
-    larger than it has seen before; then every piece and every result is mapped anew, page by page. One freed block of 31
-    MB, the most that it learns from, raises both bounds.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 @contextmanager

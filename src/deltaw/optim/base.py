@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import CompositionError, OptionError, unknown_name
+from deltaw.memory import keep_freed_memory
 from deltaw.models import Site
 from deltaw.optim import checks
 from deltaw.optim.checkpoint import load
@@ -279,6 +280,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if taking is None:
             return False
         active = [entry for entry, taken in zip(entries, taking, strict=True) if taken]
+        if active and active[0][2].device.type == "cpu":
+            keep_freed_memory()
         steps = [self.state[p]["step"] for _, _, p in active]
         torch._foreach_add_(steps, 1.0)
         iteration = max(int(s) for s in steps)
