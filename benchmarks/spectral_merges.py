@@ -122,7 +122,12 @@ def spectral_rows(seed: int) -> list[dict]:
     for changes in tuned_changes(seed).values():
         m, n = changes[0].shape
         cases["fine-tuned", (m, n)] = changes
-    for kind, shape in (("Gaussian", (576, 576)), ("4 decades", (576, 576)), ("1/k", (1536, 576))):
+    for kind, shape in (
+        ("Gaussian", (576, 576)),
+        ("4 decades", (576, 576)),
+        ("1/k", (1536, 576)),
+        ("4 decades", (1024, 1024)),
+    ):
         cases[kind, shape] = decaying(kind, shape, seed)
     rows = []
     before = torch.get_num_threads()

@@ -14,6 +14,7 @@ from deltaw.errors import NonFiniteError, OptionError, UnknownNameError
 from deltaw.linalg import (
     bases,
     gaussian_sketch,
+    gram_triplets,
     inverse_root,
     orthonormal_basis,
     psd_root,
@@ -293,3 +294,41 @@ nan = torch.full((3, 3), float("nan"))
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+# -- gram_triplets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (90, 40), (40, 90), (300, 280)])
+@pytest.mark.parametrize("kind", ["gaussian", "decaying", "deficient"])
+@pytest.mark.parametrize(("rank", "tolerance"), [(10, 0.0), (10, 5e-5), (40, 0.0)])
+def test_gram_triplets_make_the_best_approximation(shape, kind, rank, tolerance):
+    x = matrix(*shape).double()
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    if kind != "gaussian":
+        s = 10 ** (-4 * torch.arange(len(s)) / len(s)).double()
+        s[12:] *= kind == "decaying"
+    x = ((u * s) @ vh).float() * 1e-30  # squares would underflow
+    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    found_u, found_s, found_vh = gram_triplets(x, rank, tolerance)
+    best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    bound = 2 * tolerance or 1e-7
+    assert float(((found_u * found_s) @ found_vh - best).norm() / best.norm()) < bound
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert float((found_vh @ found_vh.mT - eye).abs().max()) < max(bound, 1e-6)
+    sound = found_s > 1e-4 * found_s[0]
+    gram = (found_u.mT @ found_u - eye)[sound][:, sound]
+    assert float(gram.abs().max()) < max(bound, 1e-6) * (10 if tolerance else 1)
+
+
+def test_gram_triplets_take_float32_only_where_it_keeps_the_tolerance(monkeypatch):
+    seen = []
+    plain = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: (seen.append(x.dtype), plain(x))[1])
+    gram_triplets(matrix(80, 60).float(), 10, 5e-5)
+    assert seen == [torch.float32]
+    twins = torch.diag(torch.tensor([3.0, 2.0, 2.0, 1.0]))  # the border of two lies between equal values
+    gram_triplets(twins, 2, 5e-5)
+    assert seen[1:] == [torch.float32, torch.float64]
+    gram_triplets(matrix(80, 60).double(), 10, 5e-5)
+    assert seen[3:] == [torch.float64]

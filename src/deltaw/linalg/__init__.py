@@ -43,7 +43,7 @@ from deltaw.linalg.spectra import effective_rank, power_iteration, principal_ang
 from deltaw.linalg.spectral_product import spectral_linear, spectral_product
 from deltaw.linalg.stacks import stack_product
 from deltaw.linalg.subspaces import leading_basis, projection_gradient
-from deltaw.linalg.svd import fix_signs, randomized_svd, truncated_svd
+from deltaw.linalg.svd import fix_signs, gram_triplets, randomized_svd, truncated_svd
 from deltaw.linalg.transforms import dct, dct_matrix, hadamard_matrix, hadamard_transform, idct
 from deltaw.linalg.vectors import list_dot, orthogonal_add
 from deltaw.linalg.weighted import WeightedSVD, weighted_svd
@@ -81,6 +81,7 @@ __all__ = [
     "grassmann_tangent",
     "grouped_sum",
     "gram_polar",
+    "gram_triplets",
     "hadamard_matrix",
     "hadamard_transform",
     "householder_wy",

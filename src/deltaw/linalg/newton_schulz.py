@@ -13,18 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from deltaw.errors import OptionError
 from deltaw.linalg._checks import working_dtype
+from deltaw.linalg._symmetric import STRIP_SIDE, Symmetric
 from deltaw.linalg._workers import share_out
 from deltaw.linalg.coefficients import Triple
 
 _HALF = (torch.bfloat16, torch.float16)
-#: below this side a symmetric product in strips is slower than the dense one, and strips stop paying beyond this many
-_STRIP_SIDE, _STRIPS = 256, 4
 #: a batch of matrices at least this large is walked through rather than batched
 _LOOP_SIDE = 96
 
@@ -102,7 +100,7 @@ def iterate_symmetric(
     out = torch.empty_like(x)
 
     def walk(members: range) -> None:
-        work = tuple(map(_Symmetric, torch.empty(4, s, s, dtype=torch.float32)))
+        work = tuple(map(Symmetric, torch.empty(4, s, s, dtype=torch.float32)))
         spare = torch.empty(min(len(cuts), 2), s, l, dtype=torch.float32)
         for member in members:
             _one(x[member].float(), out[member], coefficients, cuts, tight, work, spare)
@@ -112,65 +110,18 @@ def iterate_symmetric(
     return out
 
 
-class _Symmetric:
-    """A scratch matrix [s, s] for products that are known to be symmetric, and the views that they take.
-
-    Only strips on and right of the diagonal are multiplied, and then mirrored: 5/8 of the flops with 4 strips. The views
-    are made once, as there are a hundred products a microsecond's slicing each; numpy mirrors in half of torch's time.
-    """
-
-    def __init__(self, x: Tensor):
-        s = len(x)
-        width = -(-s // _STRIPS) if s >= _STRIP_SIDE else s
-        self.spans = [(low, min(low + width, s)) for low in range(0, s, width)]
-        self.x = x
-        self.rows, self.columns = self.operands(x, x)
-        self.strips = [x[low:high, low:] for low, high in self.spans]
-        plain = x.numpy()
-        self._mirrored = [(plain[high:, low:high], plain[low:high, high:].T) for low, high in self.spans[:-1]]
-
-    def operands(self, a: Tensor, b: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """What the strips take of the left and of the right factor."""
-        return [a[low:high] for low, high in self.spans], [b[:, low:] for low, _ in self.spans]
-
-    def gram(self, x: Tensor) -> None:
-        """Become X Xᵀ."""
-        self._set(*self.operands(x, x.mT))
-
-    def product(self, a: _Symmetric, b: _Symmetric) -> None:
-        """Become A B."""
-        self._set(a.rows, b.columns)
-
-    def quadratic(self, r: _Symmetric, triple: Triple) -> None:
-        """Become aI + bR + cR²."""
-        a, b, c = triple
-        for own, held, row, column in zip(self.strips, r.strips, r.rows, r.columns, strict=True):
-            torch.addmm(held, row, column, beta=b, alpha=c, out=own)
-        self._mirror()
-        self.x.diagonal().add_(a)
-
-    def _set(self, rows: list[Tensor], columns: list[Tensor]) -> None:
-        for own, row, column in zip(self.strips, rows, columns, strict=True):
-            torch.mm(row, column, out=own)
-        self._mirror()
-
-    def _mirror(self) -> None:
-        for below, above in self._mirrored:
-            np.copyto(below, above)
-
-
 def _one(
     x: Tensor,
     out: Tensor,
     coefficients: Sequence[Triple],
     cuts: Sequence[int],
     tight: bool,
-    work: tuple[_Symmetric, ...],
+    work: tuple[Symmetric, ...],
     spare: Tensor,
 ) -> None:
     """One matrix of `iterate_symmetric`: reads `x`, writes `out`, scratches `work` (four) and `spare` [0 … 2, s, l]."""
     r, r2, z, t = work
-    r.gram(x)
+    r.set(x, x.mT)
     energy = float(r.x.diagonal().sum())  # ‖X‖_F²: no pass over X, and the scale is applied to the s×s side
     if not 1e-24 < energy < 1e24:
         scale = unit_scale(x)
@@ -178,14 +129,14 @@ def _one(
             out.fill_(0.0 if bool(torch.isfinite(scale)) else float("nan"))
             return
         x = x * scale
-        r.gram(x)
+        r.set(x, x.mT)
         energy = float(r.x.diagonal().sum())
     r.x.mul_(1.0 / energy)
     scale = energy**-0.5
     for begin, end in zip([0, *cuts], [*cuts, len(coefficients)], strict=True):
         if begin:
-            r.gram(x)
-        q: _Symmetric | None = None
+            r.set(x, x.mT)
+        q: Symmetric | None = None
         for step in range(begin, end):
             if step == 0 and tight:
                 a, b, c = coefficients[step]
@@ -195,7 +146,7 @@ def _one(
                 torch.mul(r.x, b, out=z.x).add_(r2.x, alpha=c * bound**-4).diagonal().add_(a)
                 scale /= bound
             else:
-                z.quadratic(r, coefficients[step])
+                z.quadratic(r, *coefficients[step])
             if step < end - 1:
                 r2.product(r, z)  # RZ
                 r.product(r2, z)
@@ -247,8 +198,8 @@ def cheapest_restarts(s: int, l: int, steps: int, dtype: torch.dtype, *, symmetr
 
 
 def _cost(s: int, l: int, steps: int, cuts: Sequence[int], symmetric: bool) -> float:
-    """Multiplications, counting a symmetric product as what `_Symmetric` makes of it."""
-    share = 0.75 if symmetric and s >= _STRIP_SIDE else 1.0
+    """Multiplications, counting a symmetric product as what `Symmetric` makes of it."""
+    share = 0.75 if symmetric and s >= STRIP_SIDE else 1.0
     total = 0.0
     for begin, end in zip([0, *cuts], [*cuts, steps], strict=True):
         # R² every step, Q from the second on, RZ and the next R but for the last

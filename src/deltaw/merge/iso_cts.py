@@ -62,8 +62,8 @@ class IsoCTS(MatrixMethod):
             if k:
                 rest -= left[0] @ (left[0].mT @ rest)
             rest = rest.to(torch.float64 if delta.dtype == torch.float64 else torch.float32)
-            u, s, vh = triplets(rest, own)
-            counts = signal(s, base, delta * w, ctx.epsilon, abs(w))
+            u, s, vh = triplets(rest, own, leading=True)
+            counts = signal(s, base, delta * w, ctx.epsilon, abs(w), projected=True)
             left.append(u * counts[..., None, :])
             values.append(s * counts)
             right.append(vh * counts[..., None])

@@ -30,8 +30,8 @@ class TSVM(MatrixMethod):
     polar(Û) is the nearest frame with orthonormal columns (the paper's whitening). Hidden matrices only;
     every other tensor gets θ₀ + α·(1/T) Σ_t w_t Δ_t. Memory holds the factors of all tasks, as much as two matrices.
 
-    Triplets and polar factors come from Gram matrices in float64 (bounds in `spectral.py` and `gram_polar`), within
-    1e-6 of full SVDs where the k-th gap is above 1e-4 of σ_k. Where directions carry only rounding, or tasks repeat
+    Triplets and polar factors come from Gram matrices (bounds in `spectral.py` and `gram_polar`), within 1e-4 of full SVDs
+    where the k-th gap is above 1e-4 of σ_k. Where directions carry only rounding, or tasks repeat
     each other's directions to 1e-6, an SVD would fill up the frames with arbitrary vectors; here they stay empty.
 
     Args:
@@ -48,7 +48,7 @@ class TSVM(MatrixMethod):
         k = min(short, self.rank or max(1, short // len(tuned)))
         left, values, right = [], [], []
         for delta, w in zip(deltas(base, tuned), ctx.weights, strict=True):
-            u, s, vh = triplets(delta, k)
+            u, s, vh = triplets(delta, k, leading=True)
             counts = signal(s, base, delta, ctx.epsilon) * (w != 0)
             left.append(u * counts[..., None, :])
             values.append(w * s * counts)
