@@ -1,4 +1,4 @@
-"""One training of a structure on the demo's sentences: for `adapters_quality.py`, `adapters_export.py`, `osrm_merging.py`.
+"""One training of a structure on the demo's sentences: for `adapters_quality.py` and `adapters_export.py`.
 
 The model, head and sentences are those of the demo: all-MiniLM-L6-v2 with a classifier on the mean over tokens, its head
 fitted to a few sentences of the domains.

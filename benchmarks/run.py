@@ -38,7 +38,7 @@ SUITES = {
     "optim_learning": Suite("how eight optimizers learn text", 75, ("--workers", "2"), ("--smoke",)),
     "adapters_quality": Suite("quality of every structure at one budget", 180, ("--workers", "2")),
     "adapters_export": Suite("what a plain LoRA keeps of every structure", 12),
-    "osrm_merging": Suite("whether OSRM's start makes adapters merge better", 8),
+    "osrm_merging": Suite("whether OSRM's start makes adapters merge better", 52, ("--workers", "2")),
     "merge_quality": Suite("quality of every merge of 2, 4 and 8 models", 95, ("--workers", "2")),
 }
 
