@@ -1,6 +1,6 @@
 """Speed and memory of every optimizer's step beside the best installable peer of the same method.
 
-    python benchmarks/optim.py [--quick] [--rounds N] [--layers N] [--methods a,b] [--dtype bfloat16]
+    python benchmarks/optim.py [--quick] [--memory] [--rounds N] [--layers N] [--methods a,b] [--dtype bfloat16]
 
 The matrices of all-MiniLM-L6-v2 and SmolLM2-135M with Gaussian gradients. A bout is one method and its peers, or
 several without a peer and a reference; in a bout every optimizer steps once a round, in turn and in one process, and
@@ -33,6 +33,7 @@ from momenta import record
 from orthogonalize import BANDS, MODELS, RESULTS, machine, quality, spectrum, table, time_shape
 
 from deltaw import catalogue
+from deltaw.memory import return_freed_memory
 
 LAYERS = {"MiniLM-L6": 6, "SmolLM2-135M": 30}
 #: distributions whose versions the page names
@@ -306,6 +307,7 @@ def probe(bout: Bout, name: str, model: str, layers: int, dtype: torch.dtype, st
     build(bout, name, [torch.nn.Parameter(torch.zeros(4, 4, dtype=dtype))])  # imports
     torch.randn(256, 256) @ torch.randn(256, 256)  # the workspace of the products
     params = parameters(model, layers, dtype)
+    return_freed_memory()  # else what making the gradients left behind counts for nothing when it is taken again
     before = highest = resident()
     done = threading.Event()
 
@@ -404,6 +406,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--methods", help="comma-separated ids; nothing written (default: all)")
     parser.add_argument("--quick", action="store_true", help="few rounds, one layer, no memory, nothing written")
+    parser.add_argument("--memory", action="store_true", help="memory alone, anew; times stay as recorded")
     parser.add_argument("--probe", nargs=4, metavar=("BOUT", "NAME", "MODEL", "LAYERS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -411,6 +414,13 @@ def main() -> None:
         key, name, model, layers = args.probe
         with torch.no_grad():
             print(probe(BOUTS[key], name, model, int(layers), dtype))
+        return
+    if args.memory:
+        result = json.loads((RESULTS / "optim.json").read_text(encoding="utf-8"))
+        rows = [r for r in result["speed"] if r["model"] == "SmolLM2-135M"]
+        keys = {name: key for key, bout in BOUTS.items() for name in bout.ours}
+        memory_rows(rows, keys, "SmolLM2-135M", rows[0]["layers"], result["dtype"])
+        write(result)
         return
     rounds = 3 if args.quick else args.rounds
     load = round(os.getloadavg()[0], 1)  # above zero, others were using the machine: trust ratios, not times
@@ -458,9 +468,14 @@ def main() -> None:
     }
     print(render(result))
     if not args.quick and wanted is None:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "optim.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        (RESULTS / "optim.md").write_text(render(result))
+        write(result)
+
+
+def write(result: dict[str, Any]) -> None:
+    """Record a result and its page."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "optim.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (RESULTS / "optim.md").write_text(render(result), encoding="utf-8")
 
 
 def _installed(name: str) -> bool:
