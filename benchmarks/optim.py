@@ -6,7 +6,7 @@ The matrices of all-MiniLM-L6-v2 and SmolLM2-135M with Gaussian gradients. A bou
 several without a peer and a reference; in a bout every optimizer steps once a round, in turn and in one process, and
 a ratio is the median over the rounds. The floor is the multiplications that our orthogonalization makes, at the speed
 of a plain product of that shape, with everything else free. Memory is what a fresh process holds of its own pages
-(RssAnon) at the highest point of four steps, over what weights and gradients took. Quality: RMS of |σ − 1| of the
+(RssAnon) at the highest point of four steps, over what weights and gradients took, the median of three processes. Quality: RMS of |σ − 1| of the
 orthogonalized matrix over σ >= 1e-2 of the Frobenius norm (see orthogonalize.py), on Gaussian matrices, spectra 1/k
 and 1/k², and recorded momenta. Writes benchmarks/results/optim.json and .md.
 """
@@ -331,10 +331,11 @@ def probe(bout: Bout, name: str, model: str, layers: int, dtype: torch.dtype, st
 
 
 def measure_memory(key: str, name: str, model: str, layers: int, dtype: str) -> int | None:
-    """`probe` in a process of its own; None where it failed."""
+    """The median of `probe` in three processes, as what an allocator keeps varies; None where it failed."""
     command = [sys.executable, __file__, "--probe", key, name, model, str(layers), "--dtype", dtype]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(found.stdout.split()[-1]) if found.returncode == 0 and found.stdout else None
+    found = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(3)]
+    values = [int(run.stdout.split()[-1]) for run in found if run.returncode == 0 and run.stdout]
+    return statistics.median_low(values) if values else None
 
 
 def memory_rows(rows: list[dict[str, Any]], keys: dict[str, str], model: str, layers: int, dtype: str) -> None:
