@@ -6,9 +6,9 @@ The matrices of all-MiniLM-L6-v2 and SmolLM2-135M with Gaussian gradients. A bou
 several without a peer and a reference; in a bout every optimizer steps once a round, in turn and in one process, and
 a ratio is the median over the rounds. The floor is the multiplications that our orthogonalization makes, at the speed
 of a plain product of that shape, with everything else free. Memory is what a fresh process holds of its own pages
-(RssAnon) at the highest point of four steps, over what weights and gradients took, the median of three processes. Quality: RMS of |σ − 1| of the
-orthogonalized matrix over σ >= 1e-2 of the Frobenius norm (see orthogonalize.py), on Gaussian matrices, spectra 1/k
-and 1/k², and recorded momenta. Writes benchmarks/results/optim.json and .md.
+(RssAnon) at the highest point of four steps, over what weights and gradients took, the median of three processes.
+Quality: RMS of |σ − 1| of the orthogonalized matrix over σ >= 1e-2 of the Frobenius norm (see orthogonalize.py), on
+Gaussian matrices, spectra 1/k and 1/k², and recorded momenta. Writes benchmarks/results/optim.json and .md.
 """
 
 from __future__ import annotations
