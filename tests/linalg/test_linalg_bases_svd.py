@@ -332,3 +332,12 @@ def test_gram_triplets_take_float32_only_where_it_keeps_the_tolerance(monkeypatc
     assert seen[1:] == [torch.float32, torch.float64]
     gram_triplets(matrix(80, 60).double(), 10, 5e-5)
     assert seen[3:] == [torch.float64]
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 5e-5])
+def test_gram_triplets_of_zero_are_finite_and_orthonormal(tolerance):
+    x = torch.stack([torch.zeros(12, 20), matrix(12, 20).float()])
+    u, s, vh = gram_triplets(x, 3, tolerance)
+    assert float(s[0].abs().max()) == 0.0
+    for frame in (u.mT @ u, vh @ vh.mT):
+        assert torch.allclose(frame, torch.eye(3, dtype=torch.float64).expand(2, 3, 3), atol=1e-6)

@@ -138,7 +138,8 @@ def _float32_error(values: Tensor, rank: int) -> Tensor:
     gaps = (top[..., :, None] - rest[..., None, :]).square().clamp_min(torch.finfo(torch.float64).tiny)
     across = ((top[..., :, None] + rest[..., None, :]) / gaps).sum((-2, -1))
     inside = rank * (1 / top.clamp_min(torch.finfo(torch.float64).tiny)).sum(-1)
-    return (noise * (across + inside) / top.sum(-1).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    error = (noise * (across + inside) / top.sum(-1).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    return torch.where(top[..., -1] > 1e-5 * top[..., 0], error, float("inf"))  # zero matrices too
 
 
 def _divided(tall: Tensor, vectors: Tensor) -> Triplets:
